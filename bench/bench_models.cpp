@@ -1,0 +1,172 @@
+/// Every model of the zoo on the lazy device, against eager on its backing device.
+///
+/// A row `model/mode` has the counters
+///   eager_ms, reprise_ms   median time of a step, taken in turns
+///   speedup                median of their ratio
+///   max_rel_diff           of losses, outputs and gradients, see max_relative_difference
+///   programs               programs compiled, or loaded from the artifact store, for it
+///   first_compiled_step_s  from the first step to the end of the first compiled one
+///   compiled               share of the timed segments that ran as compiled programs
+#include <benchmark/benchmark.h>
+#include <reprise/reprise.h>
+
+#include <map>
+#include <optional>
+
+#include "harness.h"
+#include "paired_timing.h"
+#include "workloads.h"
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr double kCompileTimeout_s = 300.0;
+constexpr int kSettlingRounds = 10;
+constexpr int kStepsPerRound = 4;
+constexpr int kComparedSteps = 5;
+
+struct Row {
+  bench::PairedTiming timing;
+  double max_rel_diff = 0.0;
+  double programs = 0.0;
+  double compiled = 0.0;
+  std::optional<double> first_compiled_step_s;
+  bench::Job lazy;
+};
+
+uint64_t programs_ready(const reprise::Statistics& statistics) {
+  return statistics.programs_compiled + statistics.programs_loaded;
+}
+
+void lazy_step(bench::Job& job) {
+  const auto output = job.step();
+  reprise::sync();
+}
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+/// Steps until one runs compiled; nothing when none does.
+std::optional<double> step_until_compiled(bench::Job& job) {
+  const auto begin = Clock::now();
+  const auto failures = reprise::statistics().compile_failures;
+  while (seconds_since(begin) < kCompileTimeout_s) {
+    const auto replayed = reprise::statistics().segments_replayed;
+    lazy_step(job);
+    const auto now = reprise::statistics();
+    if (now.segments_replayed > replayed) {
+      return seconds_since(begin);
+    }
+    if (now.compile_failures > failures) {
+      break;
+    }
+  }
+  return std::nullopt;
+}
+
+/// Steps until no program is compiled any more: a later step may differ from the first.
+void step_until_settled(bench::Job& job) {
+  for (int round = 0; round < kSettlingRounds; ++round) {
+    const auto before = reprise::statistics();
+    for (int step = 0; step < kStepsPerRound; ++step) {
+      lazy_step(job);
+    }
+    reprise::wait_for_compiles();
+    const auto after = reprise::statistics();
+    if (after.programs_requested == before.programs_requested &&
+        after.ops_recorded == before.ops_recorded) {
+      return;
+    }
+  }
+}
+
+/// Compares fresh jobs, whose lazy one finds the programs of this row compiled.
+double difference_from_eager(const bench::Workload& workload, torch::Device eager_device) {
+  auto eager = workload.on(eager_device);
+  auto lazy = workload.on(torch::kLazy);
+  std::vector<torch::Tensor> expected, actual;
+  for (int step = 0; step < kComparedSteps; ++step) {
+    expected.push_back(eager.step().clone());
+    actual.push_back(lazy.step().clone());
+    reprise::sync();
+  }
+  for (const auto& tensor : eager.state()) {
+    expected.push_back(tensor);
+  }
+  for (const auto& tensor : lazy.state()) {
+    actual.push_back(tensor);
+  }
+  return bench::max_relative_difference(expected, actual);
+}
+
+Row measure(const bench::Workload& workload) {
+  const auto eager_device = reprise::backing_device();
+  const auto before = reprise::statistics();
+  Row row;
+  row.lazy = workload.on(torch::kLazy);
+  row.first_compiled_step_s = step_until_compiled(row.lazy);
+  step_until_settled(row.lazy);
+  row.max_rel_diff = difference_from_eager(workload, eager_device);
+  reprise::wait_for_compiles();
+
+  auto eager = workload.on(eager_device);
+  const auto settled = reprise::statistics();
+  row.timing = bench::time_in_pairs(
+      [&] {
+        return bench::seconds_of([&] {
+          const auto output = eager.step();
+          if (eager_device.is_cuda()) {
+            torch::cuda::synchronize(eager_device.index());
+          }
+        });
+      },
+      [&] { return bench::seconds_of([&] { lazy_step(row.lazy); }); });
+  const auto after = reprise::statistics();
+  const auto replayed = static_cast<double>(after.segments_replayed - settled.segments_replayed);
+  const auto segments = replayed +
+      static_cast<double>(after.segments_interpreted - settled.segments_interpreted) +
+      static_cast<double>(after.segments_recorded - settled.segments_recorded);
+  row.compiled = segments > 0 ? replayed / segments : 0.0;
+  row.programs = static_cast<double>(programs_ready(after) - programs_ready(before));
+  return row;
+}
+
+void run(benchmark::State& state, const bench::Workload& workload) {
+  // Google Benchmark calls this several times, to find how many iterations it wants.
+  static std::map<std::string, Row> measured;
+  auto found = measured.find(workload.name());
+  if (found == measured.end()) {
+    measured.clear();  // Frees the model before.
+    found = measured.emplace(workload.name(), measure(workload)).first;
+  }
+  auto& row = found->second;
+  for (auto _ : state) {
+    lazy_step(row.lazy);
+  }
+  state.counters["eager_ms"] = 1e3 * row.timing.baseline_s;
+  state.counters["reprise_ms"] = 1e3 * row.timing.candidate_s;
+  state.counters["speedup"] = row.timing.speedup;
+  state.counters["pairs"] = static_cast<double>(row.timing.pairs);
+  state.counters["max_rel_diff"] = row.max_rel_diff;
+  state.counters["programs"] = row.programs;
+  state.counters["compiled"] = row.compiled;
+  if (row.first_compiled_step_s) {
+    state.counters["first_compiled_step_s"] = *row.first_compiled_step_s;
+  } else {
+    state.SetLabel("not compiled");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  benchmark::AddCustomContext("backing_device", reprise::backing_device().str());
+  for (const auto& workload : bench::workloads()) {
+    benchmark::RegisterBenchmark(
+        workload.name().c_str(), [&](benchmark::State& state) { run(state, workload); })
+        ->Unit(benchmark::kMillisecond);
+  }
+  return bench::run_registered(argc, argv);
+}

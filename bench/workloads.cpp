@@ -1,0 +1,270 @@
+#include "workloads.h"
+
+#include "cpp_models/argon.h"
+#include "cpp_models/dcgan.h"
+#include "cpp_models/gpt.h"
+#include "cpp_models/lstm_lm.h"
+#include "cpp_models/mlp.h"
+#include "cpp_models/option_pricer.h"
+#include "cpp_models/resnet.h"
+
+namespace bench {
+
+namespace {
+
+namespace F = torch::nn::functional;
+
+constexpr uint64_t kSeed = 0;
+constexpr double kLearningRate = 1e-3;
+constexpr int64_t kMlpBatch = 32;
+constexpr int64_t kImageBatch = 16;
+constexpr int64_t kImageSize = 32;
+constexpr int64_t kGptBatch = 4;
+constexpr int64_t kLstmBatch = 16;
+constexpr int64_t kLstmLength = 32;
+constexpr int64_t kPaths = int64_t{1} << 20;
+
+struct Example {
+  torch::Tensor input;
+  torch::Tensor target;  ///< Class of each row of the logits, int64.
+};
+
+/// Makes a model and an example for it, from the seed.
+template <typename Model>
+struct Classification {
+  std::function<Model()> model;
+  std::function<Example()> example;
+};
+
+torch::Tensor all_gradients(const torch::nn::Module& module) {
+  std::vector<torch::Tensor> gradients;
+  for (const auto& parameter : module.parameters()) {
+    gradients.push_back(parameter.grad().flatten());
+  }
+  return torch::cat(gradients);
+}
+
+/// A job that computes `forward` of a module and its input, and keeps nothing else.
+template <typename Model, typename Forward>
+Job forward_job(
+    Model model, const torch::Tensor& input, torch::Device device, Forward forward) {
+  model->to(device);
+  model->eval();
+  const auto on_device = std::make_shared<torch::Tensor>(input.to(device));
+  const auto step = [=]() mutable {
+    torch::NoGradGuard no_grad;
+    return forward(*model, *on_device);
+  };
+  return {step, [] { return std::vector<torch::Tensor>{}; }, model.ptr(), on_device};
+}
+
+template <typename Model>
+Job inference(const Classification<Model>& task, torch::Device device) {
+  torch::manual_seed(kSeed);
+  Model model = task.model();
+  return forward_job(
+      model, task.example().input, device,
+      [](auto& module, const torch::Tensor& input) { return module.forward(input); });
+}
+
+template <typename Model>
+Job training(const Classification<Model>& task, torch::Device device) {
+  torch::manual_seed(kSeed);
+  Model model = task.model();
+  const auto example = task.example();
+  const auto input = example.input.to(device);
+  const auto target = example.target.to(device);
+  model->to(device);
+  const auto optimizer = std::make_shared<torch::optim::Adam>(
+      model->parameters(), torch::optim::AdamOptions(kLearningRate));
+  const auto step = [=]() mutable {
+    const auto logits = model->forward(input);
+    const auto loss = F::cross_entropy(logits.flatten(0, -2), target);
+    optimizer->zero_grad();
+    loss.backward();
+    optimizer->step();
+    return loss.detach();
+  };
+  const auto state = [model] { return std::vector<torch::Tensor>{all_gradients(*model)}; };
+  return {step, state, nullptr, nullptr};
+}
+
+template <typename Model>
+void add(
+    std::vector<Workload>& rows, const std::string& name, const Classification<Model>& task) {
+  rows.push_back({name, "forward", [=](torch::Device device) { return inference(task, device); }});
+  rows.push_back({name, "train", [=](torch::Device device) { return training(task, device); }});
+}
+
+Example random_text(int64_t batch, int64_t length, int64_t vocabulary) {
+  return {
+      torch::randint(vocabulary, {batch, length}, torch::kLong),
+      torch::randint(vocabulary, {batch * length}, torch::kLong)};
+}
+
+Classification<cpp_models::Mlp> mlp() {
+  const cpp_models::MlpOptions options;
+  return {
+      [=] { return cpp_models::Mlp(options); },
+      [=] {
+        return Example{
+            torch::randn({kMlpBatch, options.inputs}),
+            torch::randint(options.outputs, {kMlpBatch}, torch::kLong)};
+      }};
+}
+
+Classification<cpp_models::ResNet> resnet() {
+  const cpp_models::ResNetOptions options;
+  return {
+      [=] { return cpp_models::ResNet(options); },
+      [=] {
+        return Example{
+            torch::randn({kImageBatch, options.channels, kImageSize, kImageSize}),
+            torch::randint(options.classes, {kImageBatch}, torch::kLong)};
+      }};
+}
+
+Classification<cpp_models::LstmLm> lstm() {
+  const cpp_models::LstmLmOptions options;
+  return {
+      [=] { return cpp_models::LstmLm(options); },
+      [=] { return random_text(kLstmBatch, kLstmLength, options.vocabulary); }};
+}
+
+Classification<cpp_models::Gpt> gpt(cpp_models::Attention attention) {
+  cpp_models::GptOptions options;
+  options.attention = attention;
+  return {
+      [=] { return cpp_models::Gpt(options); },
+      [=] { return random_text(kGptBatch, options.context, options.vocabulary); }};
+}
+
+Job dcgan_generation(torch::Device device) {
+  torch::manual_seed(kSeed);
+  const cpp_models::DcganOptions options;
+  cpp_models::DcganGenerator generator(options);
+  return forward_job(
+      generator, torch::randn({kImageBatch, options.latent}), device,
+      [](auto& module, const torch::Tensor& noise) { return module.forward(noise); });
+}
+
+/// A step of the discriminator on real and generated images, then one of the generator.
+Job dcgan_training(torch::Device device) {
+  torch::manual_seed(kSeed);
+  const cpp_models::DcganOptions options;
+  cpp_models::DcganGenerator generator(options);
+  cpp_models::DcganDiscriminator discriminator(options);
+  const auto noise = torch::randn({kImageBatch, options.latent}).to(device);
+  const auto images =
+      torch::rand({kImageBatch, options.channels, options.image_size, options.image_size})
+          .to(device);
+  generator->to(device);
+  discriminator->to(device);
+  const auto adam = torch::optim::AdamOptions(kLearningRate).betas({0.5, 0.999});
+  const auto generator_optimizer =
+      std::make_shared<torch::optim::Adam>(generator->parameters(), adam);
+  const auto discriminator_optimizer =
+      std::make_shared<torch::optim::Adam>(discriminator->parameters(), adam);
+  const auto verdict_loss = [](const torch::Tensor& logits, bool real) {
+    const auto wanted = real ? torch::ones_like(logits) : torch::zeros_like(logits);
+    return F::binary_cross_entropy_with_logits(logits, wanted);
+  };
+  const auto step = [=]() mutable {
+    const auto generated = generator->forward(noise);
+    discriminator_optimizer->zero_grad();
+    const auto discriminator_loss = verdict_loss(discriminator->forward(images), true) +
+        verdict_loss(discriminator->forward(generated.detach()), false);
+    discriminator_loss.backward();
+    discriminator_optimizer->step();
+
+    generator_optimizer->zero_grad();
+    const auto generator_loss = verdict_loss(discriminator->forward(generated), true);
+    generator_loss.backward();
+    generator_optimizer->step();
+    return torch::stack({discriminator_loss.detach(), generator_loss.detach()});
+  };
+  const auto state = [=] {
+    return std::vector<torch::Tensor>{all_gradients(*generator), all_gradients(*discriminator)};
+  };
+  return {step, state, nullptr, nullptr};
+}
+
+cpp_models::Argon argon() {
+  torch::manual_seed(kSeed);
+  return cpp_models::Argon(cpp_models::ArgonOptions{});
+}
+
+Job argon_energy(torch::Device device) {
+  const auto model = argon();
+  return forward_job(
+      model, model->initial_state().positions, device,
+      [](auto& module, const torch::Tensor& positions) {
+        return module.potential_energy(positions);
+      });
+}
+
+Job argon_step(torch::Device device) {
+  auto model = argon();
+  model->to(device);
+  const auto state = std::make_shared<cpp_models::ArgonState>(model->initial_state());
+  const auto step = [=] {
+    *state = model->forward(*state);
+    return state->potential_energy;
+  };
+  const auto compared = [=] {
+    return std::vector<torch::Tensor>{state->positions, state->velocities, state->forces};
+  };
+  return {step, compared, nullptr, nullptr};
+}
+
+Job option_price(torch::Device device) {
+  torch::manual_seed(kSeed);
+  cpp_models::OptionPricer pricer(cpp_models::OptionContract{});
+  return forward_job(
+      pricer, torch::randn({1, kPaths}), device,
+      [](auto& module, const torch::Tensor& normals) { return module.forward(normals).mean(); });
+}
+
+Job option_greeks(torch::Device device) {
+  torch::manual_seed(kSeed);
+  cpp_models::OptionPricer pricer(cpp_models::OptionContract{});
+  pricer->to(device);
+  const auto normals = torch::randn({1, kPaths}).to(device);
+  const auto step = [=] {
+    const auto value = pricer->value(normals);
+    return torch::stack(
+        {value.price, value.standard_error, value.delta, value.vega, value.rho, value.theta});
+  };
+  return {step, [] { return std::vector<torch::Tensor>{}; }, nullptr, nullptr};
+}
+
+}  // namespace
+
+torch::Tensor chain(torch::Tensor x, const torch::Tensor& factor) {
+  for (int op = 0; op < kChainOps; op += 2) {
+    x = x * factor;
+    x = torch::relu(x);
+  }
+  return x;
+}
+
+const std::vector<Workload>& workloads() {
+  static const std::vector<Workload> kWorkloads = [] {
+    std::vector<Workload> rows;
+    add(rows, "mlp", mlp());
+    add(rows, "resnet", resnet());
+    add(rows, "lstm", lstm());
+    add(rows, "gpt", gpt(cpp_models::Attention::kMatmul));
+    add(rows, "gpt_fused", gpt(cpp_models::Attention::kFused));
+    rows.push_back({"dcgan", "forward", dcgan_generation});
+    rows.push_back({"dcgan", "train", dcgan_training});
+    rows.push_back({"argon", "forward", argon_energy});
+    rows.push_back({"argon", "step", argon_step});
+    rows.push_back({"option_pricer", "forward", option_price});
+    rows.push_back({"option_pricer", "greeks", option_greeks});
+    return rows;
+  }();
+  return kWorkloads;
+}
+
+}  // namespace bench

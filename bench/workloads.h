@@ -1,0 +1,49 @@
+/// The work that the benchmarks time: a forward pass and a training step of every
+/// model of the zoo, at the sizes it is typically run, and a chain of tiny ops.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace bench {
+
+/// A model on a device, with its inputs. The same workload on two devices starts
+/// from the same numbers and does the same steps.
+struct Job {
+  /// Does a step and returns its output or its loss, unread.
+  std::function<torch::Tensor()> step;
+
+  /// What else to compare after some steps: the gradients of the last one, or the
+  /// state of a simulation. Not the parameters: where a gradient is nothing but
+  /// rounding, as that of an attention key's bias is, Adam makes steps of the size of
+  /// the learning rate of it. Losses and gradients see parameters that are wrong.
+  std::function<std::vector<torch::Tensor>()> state;
+
+  /// What `step` reads, where it is a forward pass, for who must move it himself.
+  std::shared_ptr<torch::nn::Module> model;
+  std::shared_ptr<torch::Tensor> input;
+};
+
+struct Workload {
+  std::string model;
+  std::string mode;  ///< "forward", "train", or what a simulation calls its step.
+  std::function<Job(torch::Device)> on;
+
+  std::string name() const { return model + "/" + mode; }
+  bool is_forward() const { return mode == "forward"; }
+};
+
+inline constexpr int kChainOps = 100;
+
+/// `kChainOps` ops with next to nothing to compute, half of them products and half
+/// rectifications. `x`, `factor`: [8].
+torch::Tensor chain(torch::Tensor x, const torch::Tensor& factor);
+
+/// All workloads, in the order of the table.
+const std::vector<Workload>& workloads();
+
+}  // namespace bench

@@ -1,0 +1,100 @@
+#include "compiler_bridge/artifact_store.h"
+
+#include <ATen/Context.h>
+#include <ATen/Version.h>
+#include <c10/util/Exception.h>
+#include <sys/stat.h>
+#include <torch/csrc/lazy/core/hash.h>
+#include <torch/version.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+
+#include "reprise/options.h"
+
+namespace reprise {
+namespace fs = std::filesystem;
+namespace {
+
+constexpr const char* kFormat = "1";
+
+std::string default_folder() {
+  if (const char* cache = std::getenv("XDG_CACHE_HOME"); cache != nullptr && *cache != '\0') {
+    return std::string(cache) + "/reprise";
+  }
+  if (const char* home = std::getenv("HOME"); home != nullptr && *home != '\0') {
+    return std::string(home) + "/.cache/reprise";
+  }
+  return "";
+}
+
+/// Why the folder cannot be used; empty where it can.
+std::string make_usable(const std::string& folder) {
+  if (folder.empty()) return "no home folder is set";
+  std::error_code error;
+  fs::create_directories(fs::path(folder).parent_path(), error);
+  if (::mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
+    return c10::str("it cannot be made (", std::strerror(errno), ")");
+  }
+  struct stat info {};
+  if (::stat(folder.c_str(), &info) != 0) return std::strerror(errno);
+  if (!S_ISDIR(info.st_mode)) return "it is no folder";
+  if (info.st_uid != ::geteuid()) return "another user owns it";
+  if ((info.st_mode & (S_IWGRP | S_IWOTH)) != 0) return "others may write to it";
+  if (::access(folder.c_str(), W_OK) != 0) return "it cannot be written to";
+  return "";
+}
+
+}  // namespace
+
+ArtifactStore& ArtifactStore::get() {
+  static auto* store = new ArtifactStore;
+  return *store;
+}
+
+ArtifactStore::ArtifactStore() {
+  const std::string wanted =
+      options().cache_dir.empty() ? default_folder() : options().cache_dir;
+  const std::string problem = make_usable(wanted);
+  if (problem.empty()) {
+    folder_ = fs::absolute(wanted).string();
+    return;
+  }
+  char temporary[] = "/tmp/reprise-XXXXXX";
+  if (::mkdtemp(temporary) != nullptr) folder_ = temporary;
+  TORCH_WARN("reprise: the cache folder '", wanted, "' is not used: ", problem,
+             ". Compiled programs of this process will not be kept; set REPRISE_CACHE_DIR to a "
+             "folder that is yours alone");
+}
+
+std::string ArtifactStore::key(const std::string& trace) const {
+  const std::string about =
+      c10::str(kFormat, "|", TORCH_VERSION, "|", at::get_cpu_capability(), "|");
+  const auto low = torch::lazy::MHash(about, trace);
+  const auto high = torch::lazy::MHash(trace, about, trace.size());
+  return torch::lazy::HashToString(low) + torch::lazy::HashToString(high);
+}
+
+std::string ArtifactStore::path(const std::string& key) const {
+  return folder_ + "/" + key + ".pt2";
+}
+
+std::optional<std::string> ArtifactStore::find(const std::string& key) const {
+  const std::string file = path(key);
+  struct stat info {};
+  if (::stat(file.c_str(), &info) != 0 || info.st_uid != ::geteuid()) return std::nullopt;
+  return file;
+}
+
+void ArtifactStore::drop(const std::string& key) const { ::unlink(path(key).c_str()); }
+
+bool ArtifactStore::empty() const {
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(folder_, error)) {
+    if (entry.path().extension() == ".pt2") return false;
+  }
+  return true;
+}
+
+}  // namespace reprise

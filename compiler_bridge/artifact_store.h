@@ -1,0 +1,40 @@
+/// \file
+/// Compiled packages on disk, named by what they were compiled from.
+///
+/// A package is native code, so the folder is the user's alone: made with mode
+/// 0700, and refused where another user owns it or others can write to it.
+#pragma once
+
+#include <optional>
+#include <string>
+
+namespace reprise {
+
+class ArtifactStore {
+ public:
+  /// The process's store, in `options().cache_dir` or its default. Where no
+  /// usable folder can be had, a temporary one of this process's is used and a
+  /// warning says so once.
+  static ArtifactStore& get();
+
+  /// The name for a trace: of its text, torch's version, the device's
+  /// capability and the store's format.
+  std::string key(const std::string& trace) const;
+
+  /// The path of a stored package, or nothing.
+  std::optional<std::string> find(const std::string& key) const;
+  /// Where the package of that name belongs.
+  std::string path(const std::string& key) const;
+  /// Takes a package that does not load out of the store.
+  void drop(const std::string& key) const;
+  /// Whether anything was ever stored here.
+  bool empty() const;
+
+  const std::string& folder() const { return folder_; }
+
+ private:
+  ArtifactStore();
+  std::string folder_;
+};
+
+}  // namespace reprise

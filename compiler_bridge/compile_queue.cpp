@@ -1,0 +1,248 @@
+#include "compiler_bridge/compile_queue.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/record_function.h>
+#include <c10/util/Exception.h>
+#include <dlfcn.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <torch/csrc/lazy/core/metrics.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <thread>
+
+#include "compiler_bridge/artifact_store.h"
+#include "compiler_bridge/compiler_abi.h"
+#include "compiler_bridge/package_runner.h"
+#include "compiler_bridge/trace_writer.h"
+#include "lazy_backend/log.h"
+#include "lazy_backend/metrics.h"
+#include "reprise/options.h"
+
+namespace reprise {
+namespace {
+
+/// Where libreprise.so itself lies: the compiler library and its Python package
+/// lie beside it.
+std::string own_folder() {
+  Dl_info info;
+  if (::dladdr(reinterpret_cast<const void*>(&own_folder), &info) == 0) return ".";
+  return std::filesystem::absolute(info.dli_fname).parent_path().string();
+}
+
+struct CompilerLibrary {
+  decltype(&reprise_compiler_initialize) initialize = nullptr;
+  decltype(&reprise_compiler_compile) compile = nullptr;
+  decltype(&reprise_compiler_interrupt) interrupt = nullptr;
+  decltype(&reprise_compiler_free) free = nullptr;
+};
+CompilerLibrary library;
+
+std::string take(char* text) {
+  std::string out = text == nullptr ? "" : text;
+  library.free(text);
+  return out;
+}
+
+std::string json_string(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    out += c;
+  }
+  return out + '"';
+}
+
+void lower_priority() {
+  // Python, and the compilers that it starts, must not take a core from the
+  // program. Linux gives each thread a nice value, which children inherit.
+  ::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), 19);
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+CompileQueue& CompileQueue::get() {
+  static auto* queue = new CompileQueue;  // its thread outlives static objects
+  return *queue;
+}
+
+void CompileQueue::push(std::shared_ptr<Program> program) {
+  const std::lock_guard lock(mutex_);
+  waiting_.push_back(std::move(program));
+  start_thread();
+  changed_.notify_all();
+}
+
+void CompileQueue::start_warm_up() {
+  warm_ = true;
+  if (!options().compile || !ArtifactStore::get().empty()) return;
+  const std::lock_guard lock(mutex_);
+  import_wanted_ = true;
+  start_thread();
+  changed_.notify_all();
+}
+
+void CompileQueue::start_thread() {
+  if (thread_started_) return;
+  thread_started_ = true;
+  std::thread([this] { run(); }).detach();
+}
+
+void CompileQueue::wait_until_idle() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return waiting_.empty() && !busy_; });
+}
+
+void CompileQueue::run() {
+  lower_priority();
+  for (;;) {
+    std::shared_ptr<Program> program;
+    {
+      std::unique_lock lock(mutex_);
+      busy_ = false;
+      changed_.notify_all();
+      changed_.wait(lock, [&] { return !waiting_.empty() || import_wanted_; });
+      busy_ = true;
+      import_wanted_ = false;
+      if (!waiting_.empty()) {
+        program = std::move(waiting_.front());
+        waiting_.pop_front();
+      }
+    }
+    if (program == nullptr) {
+      std::string problem;
+      open_compiler(&problem);
+      continue;
+    }
+    try {
+      process(*program);
+    } catch (const std::exception& error) {
+      finish(*program, error.what());
+    }
+  }
+}
+
+bool CompileQueue::open_compiler(std::string* problem) {
+  if (compiler_ == Compiler::kOpen) return true;
+  if (compiler_ == Compiler::kUnusable) {
+    *problem = compiler_problem_;
+    return false;
+  }
+  RECORD_FUNCTION("reprise::import_compiler", std::vector<c10::IValue>());
+  const auto start = std::chrono::steady_clock::now();
+  compiler_ = Compiler::kUnusable;
+  const auto give_up = [&](const std::string& why) {
+    compiler_problem_ = *problem = why;
+    TORCH_WARN("reprise: nothing can be compiled, and programs stay interpreted: ", why);
+    return false;
+  };
+  const std::string folder = own_folder();
+  const std::string file = folder + "/libreprise_compiler.so";
+  void* handle = ::dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL);
+  if (handle == nullptr) {
+    return give_up(c10::str(::dlerror(), "; install Python >= 3.10 with its shared library, or "
+                            "set REPRISE_COMPILE=0"));
+  }
+  const auto load = [&](auto& function, const char* name) {
+    function = reinterpret_cast<std::decay_t<decltype(function)>>(::dlsym(handle, name));
+    return function != nullptr;
+  };
+  if (!load(library.initialize, "reprise_compiler_initialize") ||
+      !load(library.compile, "reprise_compiler_compile") ||
+      !load(library.interrupt, "reprise_compiler_interrupt") ||
+      !load(library.free, "reprise_compiler_free")) {
+    return give_up(c10::str(file, " is of another version of Reprise; install both from one build"));
+  }
+  // A process that ends during a compile must end at once. Registered after
+  // libtorch's static objects were made, so it runs before they go.
+  std::atexit([] { library.interrupt(300); });
+
+  const std::string python = options().python.empty() ? REPRISE_PYTHON_EXECUTABLE
+                                                      : options().python;
+  std::string package = folder + "/reprise/python";
+  if (!std::filesystem::exists(package)) package = REPRISE_PYTHON_PACKAGE_DIR;
+  const std::string settings =
+      c10::str("{\"python\":", json_string(python), ",\"package_dir\":", json_string(package),
+               ",\"cache_dir\":", json_string(ArtifactStore::get().folder() + "/inductor"), "}");
+  char* error = nullptr;
+  if (library.initialize(settings.c_str(), &error) != 0) return give_up(take(error));
+  compiler_ = Compiler::kOpen;
+  torch::lazy::Metric metric("reprise.ImportSeconds");
+  metric.AddSample(seconds_since(start));
+  REPRISE_LOG(1, "imported the compiler in ", seconds_since(start), " s");
+  return true;
+}
+
+void CompileQueue::finish(Program& program, std::string problem) {
+  if (problem.empty()) {
+    program.state.store(Program::State::kReady, std::memory_order_release);
+    return;
+  }
+  metrics().compile_failures.add(1);
+  program.problem = std::move(problem);
+  if (compiler_ != Compiler::kUnusable) {  // which was said already
+    TORCH_WARN("reprise: ", program.name, " (", program.steps.size(),
+               " ops) could not be compiled and stays interpreted: ", program.problem);
+  }
+  program.state.store(Program::State::kFailed, std::memory_order_release);
+}
+
+void CompileQueue::process(Program& program) {
+  RECORD_FUNCTION("reprise::compile", std::vector<c10::IValue>());
+  const std::string trace = write_trace(program);
+  ArtifactStore& store = ArtifactStore::get();
+  const std::string key = store.key(trace);
+  if (const char* folder = std::getenv("REPRISE_DUMP_TRACES")) {
+    const std::string file = c10::str(folder, "/", program.name, ".json");
+    if (std::FILE* out = std::fopen(file.c_str(), "w")) {
+      std::fwrite(trace.data(), 1, trace.size(), out);
+      std::fclose(out);
+    }
+  }
+
+  if (auto runner = loaded_[key].lock()) {
+    program.runner = std::move(runner);
+    program.from_store = true;
+    return finish(program, "");
+  }
+  if (const auto stored = store.find(key)) {
+    try {
+      program.runner = load_package_runner(*stored);
+      program.from_store = true;
+      metrics().programs_loaded.add(1);
+      loaded_[key] = program.runner;
+      return finish(program, "");
+    } catch (const std::exception& error) {
+      TORCH_WARN("reprise: a stored program is damaged and is compiled again: ", error.what());
+      store.drop(key);
+    }
+  }
+
+  std::string problem;
+  if (!open_compiler(&problem)) return finish(program, problem);
+  char *report = nullptr, *error = nullptr;
+  const std::string path = store.path(key);
+  const auto compile_start = std::chrono::steady_clock::now();
+  if (library.compile(trace.c_str(), path.c_str(), &report, &error) != 0) {
+    return finish(program, take(error));
+  }
+  const std::string phases = take(report);
+  program.runner = load_package_runner(path);
+  loaded_[key] = program.runner;
+  program.compile_seconds = seconds_since(compile_start);
+  metrics().programs_compiled.add(1);
+  torch::lazy::Metric metric("reprise.CompileSeconds");
+  metric.AddSample(program.compile_seconds);
+  REPRISE_LOG(1, program.name, ": compiled ", program.steps.size(), " ops in ",
+              program.compile_seconds, " s ", phases);
+  finish(program, "");
+}
+
+}  // namespace reprise

@@ -1,0 +1,60 @@
+/// \file
+/// Compiles programs in the background, one at a time, at low priority.
+///
+/// The queue's thread is the only one that ever runs Python. It takes a package
+/// from the artifact store where there is one; otherwise it opens
+/// `libreprise_compiler.so` and has the trace compiled.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "lazy_backend/program.h"
+
+namespace reprise {
+
+class CompileQueue {
+ public:
+  static CompileQueue& get();
+
+  /// Takes a program; its state changes when it is done. From any thread.
+  void push(std::shared_ptr<Program> program);
+
+  /// Something is being recorded: a compile will come. Begins the imports, which
+  /// take seconds, unless earlier runs have filled the artifact store.
+  void warm_up() {
+    if (C10_LIKELY(warm_.load(std::memory_order_relaxed))) return;
+    start_warm_up();
+  }
+
+  void wait_until_idle();
+
+ private:
+  CompileQueue() = default;
+  void start_warm_up();
+  void start_thread();
+  void run();
+  void process(Program& program);
+  void finish(Program& program, std::string problem);
+  bool open_compiler(std::string* problem);
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::shared_ptr<Program>> waiting_;
+  bool thread_started_ = false;
+  bool import_wanted_ = false;
+  bool busy_ = false;
+  std::atomic<bool> warm_{false};
+
+  // The queue's thread only.
+  std::unordered_map<std::string, std::weak_ptr<Runner>> loaded_;
+  enum class Compiler { kClosed, kOpen, kUnusable } compiler_ = Compiler::kClosed;
+  std::string compiler_problem_;
+};
+
+}  // namespace reprise

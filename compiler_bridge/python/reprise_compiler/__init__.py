@@ -1,0 +1,27 @@
+"""Reprise's compiler: recorded traces (docs/trace_format.md) into AOTInductor
+packages. `initialize` first, once; then `compile`, always on the same thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_builder: Any = None
+
+
+def initialize(cache_dir: str | None = None) -> None:
+    """Imports all that a compile needs and begins to build the toolchain."""
+    global _builder
+    from .build_package import PackageBuilder
+
+    _builder = PackageBuilder(cache_dir)
+    _builder.start_toolchain()
+
+
+def compile(trace_json: str, output_path: str) -> dict[str, Any]:
+    """Compiles a trace into a package at `output_path` (absolute, `.pt2`), and
+    returns the seconds spent in each phase.
+    """
+    if _builder is None:
+        initialize()
+    return _builder.compile(trace_json, output_path)

@@ -1,0 +1,134 @@
+"""Trace in, AOTInductor package out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+import torch._inductor.config
+import torch.export
+from torch._inductor.package import package_aoti
+
+from . import torch_patches
+from .toolchain import Toolchain
+from .trace_to_fx import TraceProgram, read_trace
+
+
+def inductor_options() -> dict[str, Any]:
+    return {
+        # One process, no workers: they would be children that outlive a compile
+        # and contend with the model for its cores.
+        "compile_threads": 1,
+        "autotune_in_subproc": False,
+        "max_autotune": False,
+        "max_autotune_gemm": False,
+        # Reprise's artifact store is the cache.
+        "fx_graph_cache": False,
+        "fx_graph_remote_cache": False,
+        "autotune_remote_cache": False,
+        "bundle_triton_into_fx_graph_cache": False,
+        # Weights are inputs and change between calls.
+        "freezing": False,
+        # The thread count in force at the call counts, not that of the compile.
+        # `threads` decides only which loops are worth a team at all.
+        "cpp.dynamic_threads": True,
+        "cpp.threads": min(max(os.cpu_count() or 2, 2), 16),
+        "cpp.min_chunk_size": 2048,
+        "cpp.enable_kernel_profile": False,
+        # As eager rounds: no reassociation, no contraction into fma.
+        "cpp.enable_unsafe_math_opt_flag": False,
+        "cpp.enable_floating_point_contract_flag": "off",
+        "aot_inductor.package": True,
+        "aot_inductor.compile_wrapper_opt_level": "O1",
+        "aot_inductor.dump_aoti_minifier": False,
+    }
+
+
+class PackageBuilder:
+    """Compiles traces; one per process, used by one thread at a time."""
+
+    def __init__(self, cache_dir: str | None = None) -> None:
+        self._root = Path(cache_dir or tempfile.mkdtemp(prefix="reprise-compiler-"))
+        self._toolchain = Toolchain(self._root / "toolchain")
+
+    def start_toolchain(self, device_type: str = "cpu") -> None:
+        with self._compiling():
+            self._toolchain.start(device_type)
+
+    def compile(self, trace_json: str, output_path: str) -> dict[str, Any]:
+        """Writes the package whole or not at all; returns seconds a phase."""
+        report: dict[str, Any] = {}
+        clock = _Clock(report)
+        with self._compiling(), self._scratch() as scratch:
+            program = read_trace(trace_json)
+            clock.lap("read_s")
+            module, inputs = self._export(program)
+            clock.lap("export_s")
+            files = torch._inductor.aot_compile(
+                module,
+                inputs,
+                options={**inductor_options(), "aot_inductor.output_path": str(scratch)},
+            )
+            clock.lap("inductor_s")
+            self._package(files, output_path)
+            clock.lap("package_s")
+        return report
+
+    def _export(self, program: TraceProgram) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        exported = torch.export.export(program.module, program.example_inputs, strict=False)
+        return exported.module(check_guards=False), program.example_inputs
+
+    def _package(self, files: Any, output_path: str) -> None:
+        target = Path(output_path)
+        # On the same file system, and under the same name: it becomes the name
+        # of the archive's root folder.
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
+            partial = Path(folder) / target.name
+            package_aoti(str(partial), [f for f in files if not _is_source(f)])
+            os.replace(partial, target)
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        work = self._root / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=work))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            torch_patches.applied(self._toolchain),
+            torch._inductor.config.patch(inductor_options()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+
+
+def _is_source(file: Any) -> bool:
+    """The C++ that a program was built from: no loader reads it."""
+    return isinstance(file, str) and file.endswith(".cpp")
+
+
+class _Clock:
+    def __init__(self, report: dict[str, Any]) -> None:
+        self._report = report
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._report[name] = round(now - self._last, 4)
+        self._last = now

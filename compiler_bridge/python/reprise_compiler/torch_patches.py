@@ -1,0 +1,150 @@
+"""Every change that Reprise makes to torch while it compiles, in one place.
+
+Written against torch 2.11.0. A patch is in force only inside `applied`, so that
+a host that is itself a Python program keeps its own `torch.compile` as it is.
+Two kinds: what would disturb the host program, whose threads keep computing in
+this very process, and what makes compiling or the compiled program better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch._functorch.aot_autograd
+import torch._inductor.compile_fx
+import torch.export._trace
+from torch._inductor import codecache, config, cpp_builder, cpu_vec_isa
+from torch._inductor.codegen import common, cpp, cpp_wrapper_cpu
+from torch._inductor.virtualized import V
+
+from . import vec_isa
+from .toolchain import MODEL_DECLARATION, Toolchain
+
+
+@contextlib.contextmanager
+def applied(toolchain: Toolchain | None) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in _patches(toolchain):
+            stack.callback(setattr, owner, name, owner.__dict__[name])
+            setattr(owner, name, replacement)
+        yield
+
+
+def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
+    yield from _host_patches()
+    yield cpu_vec_isa.VecISA, "check_build", vec_isa.check_build
+    yield common.KernelArgs, "cpp_argdefs", _cpp_argdefs
+    yield cpp.CppKernel, "decide_parallel_depth", _decide_parallel_depth
+    yield (
+        cpp_wrapper_cpu.CppWrapperCpu,
+        "generate_input_output_runtime_checks",
+        _generate_no_runtime_checks,
+    )
+    if toolchain is not None and toolchain.enabled:
+        yield from _toolchain_patches(toolchain)
+
+
+# What would disturb the host program.
+
+
+def _host_patches() -> Iterator[tuple[Any, str, Any]]:
+    # Saves the default generators' states and puts them back seconds later: what
+    # the host has drawn in between, it would draw again.
+    stock = torch._dynamo.utils.preserve_rng_state
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("preserve_rng_state") is stock:
+            yield module, "preserve_rng_state", contextlib.nullcontext
+    # Turns oneDNN, NNPACK and cuDNN off for the whole process while it traces.
+    # It serves composite ops, and a trace holds none that a backend would split.
+    yield torch.export._trace, "_ignore_backend_decomps", contextlib.nullcontext
+
+
+# What makes the compiled program better.
+
+
+_stock_cpp_argdefs = common.KernelArgs.cpp_argdefs
+
+
+def _cpp_argdefs(self, *args):
+    """Passes a dynamic scalar to a kernel as the double that it is, not as a
+    float: torch._inductor.codegen.common.KernelArgs.cpp_argdefs rounds it.
+    """
+    arg_defs, call_args, arg_types = _stock_cpp_argdefs(self, *args)
+    return (
+        [_as_double(d) for d in arg_defs],
+        call_args,
+        [_as_double(t) for t in arg_types],
+    )
+
+
+def _as_double(declaration: str) -> str:
+    # Pointers to const float have a star.
+    if declaration.startswith("const float") and "*" not in declaration:
+        return declaration.replace("const float", "const double", 1)
+    return declaration
+
+
+_stock_decide_parallel_depth = cpp.CppKernel.decide_parallel_depth
+
+
+def _decide_parallel_depth(self, max_parallel_depth, threads):
+    """Leaves small loops serial. With `cpp.dynamic_threads` stock Inductor makes
+    every loop parallel, and a loop over 64 elements pays for a thread team.
+    """
+    with config.patch({"cpp.dynamic_threads": False}):
+        return _stock_decide_parallel_depth(self, max_parallel_depth, threads)
+
+
+def _generate_no_runtime_checks(self) -> None:
+    """Checks that only run with AOTI_RUNTIME_CHECK_INPUTS=1, and cost g++ a
+    function an input always. The package runner compares geometries itself.
+    """
+    self.prefix.splice(
+        "static inline void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}"
+    )
+
+
+# What makes compiling faster.
+
+
+def _toolchain_patches(toolchain: Toolchain) -> Iterator[tuple[Any, str, Any]]:
+    stock_write_header = cpp_wrapper_cpu.CppWrapperCpu.write_header
+    stock_torch_args = cpp_builder._get_torch_related_args
+
+    def write_header(self) -> None:
+        stock_write_header(self)
+        if not V.graph.aot_mode or V.graph.is_const_graph:
+            return
+        text = self.header.getvalue()
+        begin = text.find("// Definition of AOTI runtime interface functions")
+        end_mark = '} // extern "C"'
+        end = text.rfind(end_mark)
+        if begin < 0 or end < begin:
+            raise RuntimeError("the wrapper's C interface is not where torch 2.11.0 has it")
+        self.header.clear()
+        self.header.splice(text[:begin] + MODEL_DECLARATION + text[end + len(end_mark) :])
+
+    def precompile_header(header: str, key: str, **command: Any) -> str:
+        if command.get("min_optimize"):
+            # Linked into the program as if it were one of its CUDA kernels.
+            codecache.CUDACodeCache.aot_kernels_o.append(
+                toolchain.interface_object(
+                    command["device_type"],
+                    {k: v for k, v in command.items() if k != "min_optimize"},
+                )
+            )
+        return toolchain.precompile_header(header, key, **command)
+
+    def get_torch_related_args(include_pytorch: bool, aot_mode: bool):
+        include_dirs, library_dirs, libraries = stock_torch_args(include_pytorch, aot_mode)
+        if aot_mode and libraries == ["torch", "torch_cpu"]:
+            library_dirs = [toolchain.libtorch_stubs()]
+        return include_dirs, library_dirs, libraries
+
+    yield cpp_wrapper_cpu.CppWrapperCpu, "write_header", write_header
+    yield codecache, "_precompile_header", precompile_header
+    yield cpp_builder, "_get_torch_related_args", get_torch_related_args

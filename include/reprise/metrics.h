@@ -1,0 +1,32 @@
+/// \file
+/// Counters. Also visible through `torch::lazy::CreateMetricReport()`, as
+/// `reprise.*`.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "reprise/export_macros.h"
+
+namespace reprise {
+
+/// Totals of all threads since the process began.
+struct Statistics {
+  uint64_t ops_recorded = 0;          ///< ops run one by one and written down
+  uint64_t ops_verified = 0;          ///< ops compared with the record, not run
+  uint64_t segments_recorded = 0;
+  uint64_t segments_interpreted = 0;  ///< verified, then run op by op
+  uint64_t segments_replayed = 0;     ///< verified, then run as a compiled program
+  uint64_t mismatches = 0;            ///< verifications that left the record
+  uint64_t programs_requested = 0;    ///< programs asked of the compile queue
+  uint64_t programs_compiled = 0;
+  uint64_t programs_loaded = 0;       ///< taken from the artifact store
+  uint64_t compile_failures = 0;
+  uint64_t programs_demoted = 0;      ///< measured slower than the interpreter
+};
+REPRISE_API Statistics statistics();
+
+/// `torch::lazy`'s metric report with Reprise's counters and times in it.
+REPRISE_API std::string metrics_report();
+
+}  // namespace reprise

@@ -1,0 +1,47 @@
+/// \file
+/// What can be set. Each option also has an environment variable, read once when
+/// the library is loaded.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "reprise/export_macros.h"
+
+namespace reprise {
+
+struct Options {
+  /// Compile segments that repeat. Off: they are verified and interpreted.
+  /// `REPRISE_COMPILE=0|1`.
+  bool compile = true;
+
+  /// Take programs that measured slower than the interpreter out of service.
+  /// `REPRISE_DEMOTE=0|1`.
+  bool demote_slow_programs = true;
+
+  /// Find the steps of programs that call no `mark_step`.
+  /// `REPRISE_FIND_STEPS=0|1`.
+  bool find_steps = true;
+
+  /// A segment is worth a compile when its verified ops so far, all its
+  /// repetitions taken together, are at least this many. `REPRISE_COMPILE_AFTER`.
+  int64_t compile_after_ops = 64;
+
+  /// Where compiled packages are kept. Empty: `$XDG_CACHE_HOME/reprise` or
+  /// `~/.cache/reprise`. `REPRISE_CACHE_DIR`.
+  std::string cache_dir;
+
+  /// The interpreter whose torch compiles. Empty: the one Reprise was built
+  /// with. `REPRISE_PYTHON`.
+  std::string python;
+
+  /// 0: warnings only; 1: segments, compiles and failures as they happen, on
+  /// standard error. `REPRISE_LOG`.
+  int log_level = 0;
+};
+
+/// The process's options. Set them before the first lazy tensor is made: they
+/// are read without a lock.
+REPRISE_API Options& options();
+
+}  // namespace reprise

@@ -1,0 +1,8 @@
+/// \file
+/// All of Reprise's public headers.
+#pragma once
+
+#include "reprise/device.h"
+#include "reprise/explain.h"
+#include "reprise/metrics.h"
+#include "reprise/options.h"

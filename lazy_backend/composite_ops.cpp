@@ -1,0 +1,120 @@
+/// \file
+/// Composite ops of libtorch that ask a tensor's device type rather than
+/// dispatch, and would take a slow or another path for lazy tensors.
+///
+/// Each gets a kernel at the Lazy keys that makes the backing device's choice and
+/// calls the ops that eager would call, so that they are captured and their
+/// gradients are eager's.
+#include <ATen/Functions.h>
+#include <ATen/ops/_fused_sdp_choice.h>
+#include <torch/library.h>
+
+#include "lazy_backend/device.h"
+#include "lazy_backend/storage.h"
+
+namespace reprise {
+namespace {
+
+/// A tensor of the backing device with the same geometry and no data: good for
+/// being asked, not for being read.
+at::Tensor stand_in(const at::Tensor& lazy) {
+  const c10::Device device = backing_device_of(lazy.device().index());
+  c10::Storage nothing(c10::Storage::use_byte_size_t(), lazy.storage().nbytes(),
+                       c10::DataPtr(nullptr, device));
+  auto impl = c10::make_intrusive<c10::TensorImpl>(std::move(nothing), backing_key_set(device),
+                                                   lazy.dtype());
+  impl->set_sizes_and_strides(lazy.sizes(), lazy.strides(), lazy.storage_offset());
+  at::Tensor tensor(std::move(impl));
+  if (lazy.requires_grad()) tensor.set_requires_grad(true);
+  return tensor;
+}
+
+/// As `at::native::dropout` chooses (aten/src/ATen/native/Dropout.cpp, 2.11): the
+/// fused kernel on CUDA; on CPU a mask of its own.
+at::Tensor dropout(const at::Tensor& input, double p, bool train) {
+  TORCH_CHECK(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
+  if (p == 0 || !train || input.numel() == 0) return input;
+  if (p == 1) return input.mul(at::zeros({}, input.options()));
+  if (backing_device_of(input.device().index()).is_cuda()) {
+    return std::get<0>(at::native_dropout(input, p, train));
+  }
+  at::Tensor noise = at::empty_like(input);
+  noise.bernoulli_(1 - p);
+  noise.div_(1 - p);
+  return input.mul(noise);
+}
+
+at::Tensor& dropout_(at::Tensor& input, double p, bool train) {
+  TORCH_CHECK(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
+  if (p == 0 || !train || input.numel() == 0) return input;
+  if (p == 1) return input.mul_(at::zeros({}, input.options()));
+  at::Tensor noise = at::empty_like(input);
+  noise.bernoulli_(1 - p);
+  noise.div_(1 - p);
+  return input.mul_(noise);
+}
+
+/// A boolean mask as the additive one that the kernels take
+/// (`convert_boolean_attn_mask`, transformers/attention.cpp, 2.11).
+std::optional<at::Tensor> additive_mask(const std::optional<at::Tensor>& mask,
+                                        at::ScalarType dtype) {
+  if (!mask.has_value() || !mask->defined()) return std::nullopt;
+  if (mask->scalar_type() != at::kBool) return mask;
+  return at::where(mask->logical_not(), -std::numeric_limits<double>::infinity(),
+                   at::scalar_tensor(0.0, at::TensorOptions().dtype(dtype).device(mask->device())));
+}
+
+at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
+                                        const at::Tensor& value,
+                                        const std::optional<at::Tensor>& mask, double dropout_p,
+                                        bool is_causal, std::optional<double> scale,
+                                        bool enable_gqa) {
+  enum Choice : int64_t { kMath = 0, kFlash = 1, kEfficient = 2, kCudnn = 3 };
+  const bool ready = is_lazy(query) && is_lazy(key) && is_lazy(value) && query.dim() >= 3 &&
+                     key.dim() >= 3 && value.dim() >= 3;
+  int64_t choice = kMath;
+  if (ready) {
+    std::optional<at::Tensor> asked;
+    if (mask.has_value() && mask->defined()) {
+      asked = is_lazy(*mask) ? stand_in(*mask) : *mask;
+      if (asked->scalar_type() == at::kBool) {
+        asked = stand_in(at::empty(mask->sizes(), query.options()));
+      }
+    }
+    choice = at::_fused_sdp_choice(stand_in(query), stand_in(key), stand_in(value), asked,
+                                   dropout_p, is_causal, scale, enable_gqa);
+  }
+  const auto additive = additive_mask(mask, query.scalar_type());
+  const bool cpu = backing_device_of(query.device().index()).is_cpu();
+  if (choice == kFlash && cpu) {
+    return std::get<0>(at::_scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, additive, scale));
+  }
+  const bool needs_grad = at::GradMode::is_enabled() &&
+                          (query.requires_grad() || key.requires_grad() || value.requires_grad());
+  if (choice == kFlash && query.size(-1) % 8 == 0) {
+    return std::get<0>(at::_scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, /*return_debug_mask=*/false,
+        scale.has_value() ? *scale : 1.0 / std::sqrt(static_cast<double>(query.size(-1)))));
+  }
+  if (choice == kEfficient && !additive.has_value()) {
+    return std::get<0>(at::_scaled_dot_product_efficient_attention(
+        query, key, value, additive, needs_grad, dropout_p, is_causal, scale));
+  }
+  // Eager's math path keeps the boolean mask; so does ours.
+  return std::get<0>(at::_scaled_dot_product_attention_math(
+      query, key, value, additive, dropout_p, is_causal, std::nullopt, scale, enable_gqa));
+}
+
+void register_composites(torch::Library& m) {
+  m.impl("dropout", dropout);
+  m.impl("dropout_", dropout_);
+  m.impl("scaled_dot_product_attention", scaled_dot_product_attention);
+}
+
+// Under autograd, and where autograd is off (inference mode).
+TORCH_LIBRARY_IMPL(aten, AutogradLazy, m) { register_composites(m); }
+TORCH_LIBRARY_IMPL(aten, Lazy, m) { register_composites(m); }
+
+}  // namespace
+}  // namespace reprise

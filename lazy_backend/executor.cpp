@@ -1,0 +1,284 @@
+#include "lazy_backend/executor.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "compiler_bridge/compile_queue.h"
+#include "lazy_backend/device.h"
+#include "lazy_backend/interpreter.h"
+#include "lazy_backend/log.h"
+#include "lazy_backend/metrics.h"
+#include "reprise/options.h"
+
+namespace reprise {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+std::vector<uint32_t> live_slots(const Segment& segment) {
+  std::vector<uint32_t> live;
+  for (uint32_t slot = 0; slot < segment.size(); ++slot) {
+    if (segment.is_created(slot) && segment.is_alive(slot)) live.push_back(slot);
+  }
+  return live;
+}
+
+/// Every live slot is an output of the program, or is made beside it.
+bool covers(const Program& program, const Segment& segment) {
+  size_t next = 0;
+  for (uint32_t slot = 0; slot < segment.size(); ++slot) {
+    if (!segment.is_created(slot) || !segment.is_alive(slot)) continue;
+    while (next < program.live.size() && program.live[next] < slot) ++next;
+    if (next == program.live.size() || program.live[next] != slot) return false;
+  }
+  return true;
+}
+
+at::Tensor empty_like_record(const Geometry& geometry, size_t nbytes, c10::Device device) {
+  const auto options = at::TensorOptions().dtype(geometry.dtype).device(device);
+  const auto elements =
+      static_cast<int64_t>(std::max(nbytes, geometry.nbytes()) / c10::elementSize(geometry.dtype));
+  at::Tensor whole = at::empty_strided({elements}, {1}, options);
+  Geometry plain = geometry;
+  plain.conjugate = plain.negative = false;
+  return backing_tensor(whole.storage(), plain);
+}
+
+/// The numbers that a random step makes, in a tensor of its own.
+at::Tensor make_random(const Step& step, const Segment& segment) {
+  const c10::Device device = backing_device_of(step.device_index);
+  torch::jit::Stack stack;
+  const double* unused = nullptr;
+  (void)unused;
+  for (const Arg& arg : step.args) {
+    switch (arg.kind) {
+      case Arg::Kind::kTensor:
+        stack.emplace_back(empty_like_record(arg.geometry(), arg.geometry().nbytes(), device));
+        break;
+      case Arg::Kind::kNone: stack.emplace_back(); break;
+      case Arg::Kind::kInt: stack.emplace_back(arg.i); break;
+      case Arg::Kind::kBool: stack.emplace_back(arg.b); break;
+      case Arg::Kind::kDouble: stack.emplace_back(arg.d); break;
+      case Arg::Kind::kIntList: stack.push_back(arg.boxed_ints()); break;
+      case Arg::Kind::kDevice: stack.emplace_back(device); break;
+      case Arg::Kind::kConstant: stack.push_back(arg.constant()); break;
+      default: TORCH_INTERNAL_ASSERT(false, "reprise: argument of a random op");
+    }
+  }
+  (void)segment;
+  step.op.callBoxed(stack);
+  return stack.front().toTensor();
+}
+
+/// The tensors that stand for a thread's dynamic scalars, reused by every launch.
+at::Tensor scalar_input(size_t k, double value) {
+  thread_local std::vector<at::Tensor> tensors;
+  while (tensors.size() <= k) {
+    c10::InferenceMode normal_tensors(false);
+    tensors.push_back(at::empty_strided({}, {}, at::TensorOptions().dtype(c10::kDouble)));
+  }
+  *static_cast<double*>(tensors[k].mutable_data_ptr()) = value;
+  return tensors[k];
+}
+
+void check_first_outputs(Program& program, const std::vector<at::Tensor>& inputs,
+                         const std::vector<at::Tensor>& outputs) {
+  TORCH_CHECK(outputs.size() == program.outputs.size(), "reprise: program ", program.name,
+              " returned ", outputs.size(), " outputs where ", program.outputs.size(),
+              " were expected");
+  for (size_t k = 0; k < outputs.size(); ++k) {
+    ProgramOutput& expected = program.outputs[k];
+    const at::Tensor& output = outputs[k];
+    TORCH_CHECK(output.sizes() == expected.geometry.sizes() &&
+                    output.scalar_type() == expected.geometry.dtype,
+                "reprise: program ", program.name, " returned ", output.dtype(), output.sizes(),
+                " where ", expected.geometry.dtype, expected.geometry.sizes(), " was recorded");
+    const auto shares = [&](const at::Tensor& other) {
+      return other.storage().unsafeGetStorageImpl() == output.storage().unsafeGetStorageImpl() ||
+             (output.numel() > 0 && other.storage().data() == output.storage().data());
+    };
+    expected.copy = output.strides() != expected.geometry.strides() ||
+                    output.storage_offset() != expected.geometry.offset ||
+                    output.storage().nbytes() < expected.nbytes ||
+                    expected.geometry.conjugate || expected.geometry.negative ||
+                    std::any_of(inputs.begin(), inputs.end(), shares) ||
+                    std::any_of(outputs.begin(), outputs.begin() + k, shares);
+  }
+}
+
+void run_program(Program& program, Segment& segment, bool first) {
+  std::vector<at::Tensor> inputs;
+  inputs.reserve(program.inputs.size());
+  std::vector<std::pair<uint32_t, c10::Storage>> random;
+  for (const ProgramInput& input : program.inputs) {
+    switch (input.kind) {
+      case ProgramInput::Kind::kSlot:
+        inputs.push_back(backing_tensor(segment.at(input.index)->backing(), input.geometry));
+        break;
+      case ProgramInput::Kind::kScalar:
+        inputs.push_back(scalar_input(input.index, segment.scalars[input.index]));
+        break;
+      case ProgramInput::Kind::kRandom: {
+        const Step& step = *program.steps[input.index];
+        inputs.push_back(make_random(step, segment));
+        if (step.randomness == Randomness::kCreates) {
+          random.emplace_back(step.results[0].slot, inputs.back().storage());
+        }
+        break;
+      }
+    }
+  }
+  std::vector<at::Tensor> kept;
+  if (first) kept = inputs;
+  const std::vector<at::Tensor> outputs = program.runner->run(std::move(inputs));
+  if (C10_UNLIKELY(first)) check_first_outputs(program, kept, outputs);
+  for (size_t k = 0; k < outputs.size(); ++k) {
+    const ProgramOutput& output = program.outputs[k];
+    auto lazy = segment.lock(output.slot);
+    if (!lazy) continue;
+    if (C10_LIKELY(!output.copy)) {
+      lazy->set_backing(outputs[k].storage());
+    } else {
+      at::Tensor copy = empty_like_record(output.geometry, output.nbytes, outputs[k].device());
+      copy.copy_(outputs[k]);
+      lazy->set_backing(copy.storage());
+    }
+  }
+  for (auto& [slot, storage] : random) {
+    if (auto lazy = segment.lock(slot)) lazy->set_backing(std::move(storage));
+  }
+}
+
+void poison(Segment& segment, const std::exception_ptr& error) {
+  for (uint32_t slot = 0; slot < segment.size(); ++slot) {
+    if (!segment.is_created(slot)) continue;
+    if (auto lazy = segment.lock(slot); lazy && !lazy->backing()) lazy->set_error(error);
+  }
+}
+
+/// A program pays when the verified ops that it would have saved are many.
+bool worth_a_compile(const SegmentEnd& end) {
+  return static_cast<int64_t>(end.interpreted * end.steps.size()) >=
+         options().compile_after_ops;
+}
+
+void request_program(SegmentEnd& end, const Segment& segment) {
+  auto program = std::make_shared<Program>();
+  program->name = end.name;
+  program->steps = end.steps;
+  program->live = live_slots(segment);
+  if (end.program && end.program->state != Program::State::kFailed) {
+    // Other tensors are alive than were before: one program serves both.
+    std::vector<uint32_t> both;
+    std::set_union(program->live.begin(), program->live.end(), end.program->live.begin(),
+                   end.program->live.end(), std::back_inserter(both));
+    program->live = std::move(both);
+  }
+  for (const StepPtr& step : end.steps) program->device_index = step->device_index;
+  end.program = program;
+  end.program_time.clear();
+  metrics().programs_requested.add(1);
+  CompileQueue::get().push(std::move(program));
+}
+
+void demote_if_slower(SegmentEnd& end) {
+  if (!end.program_time.enough() || !end.interpreter_time.enough()) return;
+  const double program = end.program_time.median(), interpreter = end.interpreter_time.median();
+  if (program <= interpreter) return;
+  end.program->problem = c10::str("demoted: ", program * 1e6, " us against ",
+                                  interpreter * 1e6, " us interpreted");
+  end.program->state = Program::State::kDemoted;
+  metrics().programs_demoted.add(1);
+  REPRISE_LOG(1, end.name, " ", end.program->problem);
+}
+
+}  // namespace
+
+double Timings::median() const {
+  double sorted[kEnough];
+  std::copy(seconds_, seconds_ + count_, sorted);
+  std::nth_element(sorted, sorted + count_ / 2, sorted + count_);
+  return sorted[count_ / 2];
+}
+
+SegmentEnd& end_of(Node& node) {
+  if (!node.end) {
+    node.end = std::make_unique<SegmentEnd>();
+    static std::atomic<uint64_t> next{1};
+    node.end->name = c10::str("segment-", next.fetch_add(1));
+  }
+  return *node.end;
+}
+
+void launch(Node& node, Segment& segment) {
+  SegmentEnd& end = end_of(node);
+  if (end.steps.empty()) end.steps = TraceTree::path(&node);
+
+  // Backing tensors are plain ones whatever mode the user is in.
+  c10::InferenceMode normal_tensors(false);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+
+  Program* program = end.program.get();
+  const bool timing = options().demote_slow_programs;
+  if (program != nullptr && program->state == Program::State::kReady &&
+      covers(*program, segment)) {
+    // The first runs of both are warm-ups; then they take turns until there are
+    // enough timings to tell which is faster.
+    const bool undecided =
+        timing && !(end.program_time.enough() && end.interpreter_time.enough());
+    const bool interpreters_turn = undecided && end.replayed >= 2 &&
+                                   !end.interpreter_time.enough() && (end.replayed % 2) == 0 &&
+                                   end.interpreter_time.count() < end.program_time.count();
+    if (!interpreters_turn) {
+      RECORD_FUNCTION("reprise::replay", std::vector<c10::IValue>());
+      const auto start = undecided ? Clock::now() : Clock::time_point();
+      try {
+        run_program(*program, segment, /*first=*/end.replayed == 0);
+        ++end.replayed;
+        metrics().segments_replayed.add(1);
+        if (undecided) {
+          if (end.replayed > 2) end.program_time.add(seconds_since(start));
+          demote_if_slower(end);
+        }
+        return;
+      } catch (const std::exception& error) {
+        program->problem = error.what();
+        program->state = Program::State::kFailed;
+        metrics().program_failures.add(1);
+        TORCH_WARN("reprise: the program of ", end.name, " failed and is not used any more: ",
+                   error.what());
+        if (program->writes_inputs) {
+          // It may have changed some of them already: running the steps again
+          // could apply an update twice.
+          poison(segment, std::current_exception());
+          throw;
+        }
+      }
+    }
+  }
+
+  {
+    RECORD_FUNCTION("reprise::interpret", std::vector<c10::IValue>());
+    const auto start = Clock::now();
+    interpret(end.steps, segment);
+    ++end.interpreted;
+    metrics().segments_interpreted.add(1);
+    if (end.interpreted > 1) end.interpreter_time.add(seconds_since(start));
+    if (program != nullptr && program->state == Program::State::kReady) demote_if_slower(end);
+  }
+  if (!options().compile || !worth_a_compile(end)) return;
+  const bool none = end.program == nullptr;
+  const bool other_outputs = !none && end.program->state == Program::State::kReady &&
+                             !covers(*end.program, segment);
+  if (none || other_outputs) request_program(end, segment);
+}
+
+}  // namespace reprise

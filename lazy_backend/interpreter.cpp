@@ -1,0 +1,159 @@
+#include "lazy_backend/interpreter.h"
+
+#include <ATen/core/ATen_fwd.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/scalar_tensor.h>
+
+#include "lazy_backend/device.h"
+
+namespace reprise {
+namespace {
+
+/// Puts recorded arguments on a stack, in order; dynamic scalars take the next
+/// of the segment's values.
+class ArgumentBuilder {
+ public:
+  ArgumentBuilder(const std::vector<c10::Storage>& storages, const ScalarValues& scalars)
+      : storages_(storages), scalars_(scalars) {}
+
+  c10::IValue build(const Arg& arg, const Step& step, const c10::Argument& declared) {
+    switch (arg.kind) {
+      case Arg::Kind::kNone:
+        return {};
+      case Arg::Kind::kUndefined:
+        return at::Tensor();
+      case Arg::Kind::kTensor:
+        return backing_tensor(storages_[arg.slot], arg.geometry());
+      case Arg::Kind::kInt:
+        return arg.i;
+      case Arg::Kind::kBool:
+        return arg.b;
+      case Arg::Kind::kDouble:
+        return arg.dynamic ? next_scalar() : arg.d;
+      case Arg::Kind::kNumber: {
+        if (!arg.dynamic) return arg.constant();
+        const auto* recorded = arg.constant().toTensor().unsafeGetTensorImpl();
+        at::Tensor number = at::scalar_tensor(next_scalar(), c10::kDouble);
+        number.unsafeGetTensorImpl()->set_wrapped_number(recorded->is_wrapped_number());
+        return number;
+      }
+      case Arg::Kind::kIntList:
+        return arg.boxed_ints();
+      case Arg::Kind::kDevice:
+        return backing_device_of(step.device_index);
+      case Arg::Kind::kConstant:
+        return arg.constant();
+      case Arg::Kind::kList:
+        return build_list(arg, step, declared);
+      case Arg::Kind::kOpaque:
+        break;
+    }
+    TORCH_INTERNAL_ASSERT(false, "reprise: an argument that cannot be replayed");
+  }
+
+ private:
+  double next_scalar() { return scalars_[next_++]; }
+
+  c10::IValue build_list(const Arg& arg, const Step& step, const c10::Argument& declared) {
+    auto type = declared.type();
+    if (auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+    const auto element = type->expectRef<c10::ListType>().getElementType();
+    if (element->kind() == c10::TypeKind::OptionalType) {
+      c10::List<std::optional<at::Tensor>> list;
+      list.reserve(arg.list().size());
+      for (const Arg& item : arg.list()) {
+        list.push_back(build(item, step, declared).to<std::optional<at::Tensor>>());
+      }
+      return list;
+    }
+    c10::List<at::Tensor> list;
+    list.reserve(arg.list().size());
+    for (const Arg& item : arg.list()) list.push_back(build(item, step, declared).toTensor());
+    return list;
+  }
+
+  const std::vector<c10::Storage>& storages_;
+  const ScalarValues& scalars_;
+  size_t next_ = 0;
+};
+
+void take_result(const Result& result, const c10::IValue& value,
+                 std::vector<c10::Storage>& storages, Segment& segment) {
+  if (result.kind == Result::Kind::kList) {
+    const auto items = value.toListRef();
+    for (size_t k = 0; k < result.list->size(); ++k) {
+      take_result((*result.list)[k], items[k], storages, segment);
+    }
+    return;
+  }
+  if (result.kind != Result::Kind::kNew) return;
+  const at::Tensor& tensor = value.toTensor();
+  storages[result.slot] = tensor.storage();
+  if (auto lazy = segment.lock(result.slot)) lazy->set_backing(tensor.storage());
+}
+
+}  // namespace
+
+at::Tensor backing_tensor(const c10::Storage& storage, const Geometry& geometry) {
+  auto keys = backing_key_set(storage.device());
+  if (geometry.conjugate) keys = keys.add(c10::DispatchKey::Conjugate);
+  if (geometry.negative) keys = keys.add(c10::DispatchKey::Negative);
+  auto impl = c10::make_intrusive<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, c10::Storage(storage), keys,
+      c10::scalarTypeToTypeMeta(geometry.dtype));
+  impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
+  return at::Tensor(std::move(impl));
+}
+
+std::vector<uint32_t> last_uses(const std::vector<StepPtr>& steps, size_t slots) {
+  std::vector<uint32_t> last(slots, 0);
+  for (size_t k = 0; k < steps.size(); ++k) {
+    if (steps[k]->only_aliases) continue;  // not run
+    const auto touch = [&](const auto& user) { last[user.slot] = static_cast<uint32_t>(k); };
+    for_each_tensor(steps[k]->args, touch);
+    for_each_result(steps[k]->results, touch);
+  }
+  return last;
+}
+
+void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
+  std::vector<c10::Storage> storages(segment.size());
+  for (uint32_t slot = 0; slot < segment.size(); ++slot) {
+    if (!segment.is_created(slot)) storages[slot] = segment.at(slot)->backing();
+  }
+  const auto last = last_uses(steps, segment.size());
+  ArgumentBuilder arguments(storages, segment.scalars);
+  torch::jit::Stack stack;
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  for (size_t k = 0; k < steps.size(); ++k) {
+    const Step& step = *steps[k];
+    if (step.only_aliases) continue;
+    try {
+      const auto& declared = step.op.schema().arguments();
+      for (size_t a = 0; a < step.args.size(); ++a) {
+        stack.push_back(arguments.build(step.args[a], step, declared[a]));
+      }
+      step.op.callBoxed(stack);
+    } catch (...) {
+      for (uint32_t slot = 0; slot < segment.size(); ++slot) {
+        if (!segment.is_created(slot) || storages[slot]) continue;
+        if (auto lazy = segment.lock(slot); lazy && !lazy->backing()) {
+          lazy->set_error(std::current_exception());
+        }
+      }
+      throw;
+    }
+    for (size_t r = 0; r < step.results.size(); ++r) {
+      take_result(step.results[r], stack[r], storages, segment);
+    }
+    stack.clear();
+    // Free what nothing uses any more.
+    const auto free_if_last = [&](const auto& user) {
+      if (last[user.slot] == k && segment.is_created(user.slot)) storages[user.slot] = {};
+    };
+    for_each_tensor(step.args, free_if_last);
+    for_each_result(step.results, free_if_last);
+  }
+}
+
+}  // namespace reprise

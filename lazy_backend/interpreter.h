@@ -1,0 +1,27 @@
+/// \file
+/// Runs recorded steps one by one on the backing device.
+///
+/// What a verified segment does until its program is compiled, and what makes up
+/// for a verification that failed half way.
+#pragma once
+
+#include <vector>
+
+#include "lazy_backend/segment.h"
+#include "lazy_backend/trace.h"
+
+namespace reprise {
+
+/// Runs `steps`, whose slots are bound in `segment`, and gives every created
+/// storage that is still held its backing. Intermediates are freed after their
+/// last use. Throws what an op throws; storages that were not made by then
+/// throw the same when they are read.
+void interpret(const std::vector<StepPtr>& steps, Segment& segment);
+
+/// The last step (index) that touches each slot.
+std::vector<uint32_t> last_uses(const std::vector<StepPtr>& steps, size_t slots);
+
+/// A tensor of the backing device over `storage`.
+at::Tensor backing_tensor(const c10::Storage& storage, const Geometry& geometry);
+
+}  // namespace reprise

@@ -1,0 +1,179 @@
+#include "lazy_backend/op_policy.h"
+
+#include <ATen/core/enum_tag.h>
+
+#include <string_view>
+#include <unordered_map>
+
+namespace reprise {
+namespace {
+
+using Kind = OpPolicy::Kind;
+
+/// What schema and tags do not say. Keyed by an op's name without overload, or
+/// with it where that matters.
+struct Exception {
+  std::optional<Kind> kind = std::nullopt;
+  Randomness randomness = Randomness::kNone;
+  bool host_tensors = false;
+  bool constant_floats = false;
+  std::initializer_list<uint8_t> hidden_writes = {};
+};
+
+const std::unordered_map<std::string_view, Exception>& exceptions() {
+  static const auto* table = new std::unordered_map<std::string_view, Exception>{
+      {"aten::copy_", {.kind = Kind::kCopy}},
+      {"aten::_to_copy", {.kind = Kind::kToCopy}},
+      {"aten::empty.memory_format", {.kind = Kind::kAllocate}},
+      {"aten::empty_strided", {.kind = Kind::kAllocate}},
+      {"aten::resize_", {.kind = Kind::kResize}},
+      {"aten::resize_as_", {.kind = Kind::kResize}},
+      {"aten::_resize_output_", {.kind = Kind::kResize}},
+      {"aten::set_", {.kind = Kind::kSetStorage}},
+      {"aten::is_pinned", {.kind = Kind::kLeave}},
+      {"aten::_pin_memory", {.kind = Kind::kLeave}},
+      {"aten::_copy_from", {.kind = Kind::kLeave}},
+      {"aten::_copy_from_and_resize", {.kind = Kind::kLeave}},
+
+      // Random numbers that depend on geometry alone can be made before the
+      // program runs, in the order of the trace, by the op itself: they are then
+      // the ones that eager gives for the same seed.
+      {"aten::uniform_", {.randomness = Randomness::kFills, .constant_floats = true}},
+      {"aten::normal_", {.randomness = Randomness::kFills, .constant_floats = true}},
+      {"aten::bernoulli_.float", {.randomness = Randomness::kFills, .constant_floats = true}},
+      {"aten::random_", {.randomness = Randomness::kFills}},
+      {"aten::random_.from", {.randomness = Randomness::kFills}},
+      {"aten::random_.to", {.randomness = Randomness::kFills}},
+      {"aten::exponential_", {.randomness = Randomness::kFills, .constant_floats = true}},
+      {"aten::geometric_", {.randomness = Randomness::kFills, .constant_floats = true}},
+      {"aten::cauchy_", {.randomness = Randomness::kFills, .constant_floats = true}},
+      {"aten::log_normal_", {.randomness = Randomness::kFills, .constant_floats = true}},
+      {"aten::rand", {.randomness = Randomness::kCreates}},
+      {"aten::randn", {.randomness = Randomness::kCreates}},
+      {"aten::randint", {.randomness = Randomness::kCreates}},
+      {"aten::randint.low", {.randomness = Randomness::kCreates}},
+      {"aten::randperm", {.randomness = Randomness::kCreates}},
+      {"aten::rand_like", {.randomness = Randomness::kCreates}},
+      {"aten::randn_like", {.randomness = Randomness::kCreates}},
+      {"aten::randint_like", {.randomness = Randomness::kCreates}},
+      {"aten::randint_like.low_dtype", {.randomness = Randomness::kCreates}},
+      {"aten::bernoulli.p", {.randomness = Randomness::kCreates, .constant_floats = true}},
+      {"aten::normal_functional", {.randomness = Randomness::kCreates, .constant_floats = true}},
+      {"aten::normal.float_float",
+       {.randomness = Randomness::kCreates, .constant_floats = true}},
+
+      // Host tensors beside those of a device, as CUDA allows them.
+      {"aten::index.Tensor", {.host_tensors = true}},
+      {"aten::index_put_", {.host_tensors = true}},
+      {"aten::index_put", {.host_tensors = true}},
+      {"aten::_index_put_impl_", {.host_tensors = true}},
+      {"aten::_pack_padded_sequence", {.kind = Kind::kLeave, .host_tensors = true}},
+      {"aten::_ctc_loss", {.host_tensors = true}},
+
+      // Running statistics are written though the schemas do not say so
+      // (native_functions.yaml, torch 2.11).
+      {"aten::native_batch_norm", {.constant_floats = true, .hidden_writes = {3, 4}}},
+      {"aten::cudnn_batch_norm", {.constant_floats = true, .hidden_writes = {3, 4}}},
+      {"aten::miopen_batch_norm", {.constant_floats = true, .hidden_writes = {3, 4}}},
+      {"aten::batch_norm_update_stats", {.constant_floats = true, .hidden_writes = {1, 2}}},
+      {"aten::batch_norm_gather_stats", {.constant_floats = true, .hidden_writes = {3, 4}}},
+      {"aten::batch_norm_gather_stats_with_counts",
+       {.constant_floats = true, .hidden_writes = {3, 4}}},
+
+      // The compiler chooses its code by these numbers.
+      {"aten::pow", {.constant_floats = true}},
+      {"aten::pow_", {.constant_floats = true}},
+      {"aten::native_dropout", {.constant_floats = true}},
+      {"aten::native_layer_norm", {.constant_floats = true}},
+      {"aten::native_group_norm", {.constant_floats = true}},
+      {"aten::scalar_tensor", {.constant_floats = true}},
+      {"aten::arange", {.constant_floats = true}},
+      {"aten::linspace", {.constant_floats = true}},
+      {"aten::norm", {.constant_floats = true}},
+      {"aten::linalg_vector_norm", {.constant_floats = true}},
+      {"aten::_scaled_dot_product_flash_attention_for_cpu", {.constant_floats = true}},
+      {"aten::_scaled_dot_product_flash_attention_for_cpu_backward", {.constant_floats = true}},
+      {"aten::_scaled_dot_product_flash_attention", {.constant_floats = true}},
+      {"aten::_scaled_dot_product_efficient_attention", {.constant_floats = true}},
+  };
+  return *table;
+}
+
+const Exception* exception_of(const c10::OperatorName& name) {
+  const auto& table = exceptions();
+  if (!name.overload_name.empty()) {
+    const std::string full = name.name + "." + name.overload_name;
+    if (auto found = table.find(full); found != table.end()) return &found->second;
+  }
+  if (auto found = table.find(name.name); found != table.end()) {
+    // An entry that makes numbers is meant for that overload alone.
+    const bool exact = name.overload_name.empty();
+    if (exact || found->second.randomness == Randomness::kNone) return &found->second;
+  }
+  return nullptr;
+}
+
+bool returns_tensors(const c10::FunctionSchema& schema) {
+  for (const auto& result : schema.returns()) {
+    const auto& type = result.type();
+    if (type->kind() == c10::TypeKind::TensorType) return true;
+    if (type->kind() == c10::TypeKind::ListType) return true;
+  }
+  return schema.returns().empty();
+}
+
+}  // namespace
+
+OpPolicy policy_of(const c10::OperatorHandle& op) {
+  OpPolicy policy;
+  const auto& schema = op.schema();
+  const auto& arguments = schema.arguments();
+
+  for (size_t k = 0; k < arguments.size(); ++k) {
+    const auto* alias = arguments[k].alias_info();
+    if (alias != nullptr && alias->isWrite()) policy.writes.push_back(k);
+    auto type = arguments[k].real_type();
+    if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+    if (type->kind() == c10::TypeKind::DeviceObjType) policy.device_argument = static_cast<int>(k);
+  }
+  for (const auto& result : schema.returns()) {
+    int again = -1;
+    const auto* alias = result.alias_info();
+    if (alias != nullptr && alias->isWrite()) {
+      for (size_t k = 0; k < arguments.size(); ++k) {
+        const auto* candidate = arguments[k].alias_info();
+        if (candidate != nullptr && candidate->isWrite() && *candidate == *alias) {
+          again = static_cast<int>(k);
+          break;
+        }
+      }
+    }
+    policy.returns_argument.push_back(static_cast<int8_t>(again));
+  }
+
+  const Exception* exception = exception_of(op.operator_name());
+  if (exception != nullptr) {
+    policy.randomness = exception->randomness;
+    policy.host_tensors = exception->host_tensors;
+    policy.constant_floats = exception->constant_floats;
+    policy.writes.append(exception->hidden_writes.begin(), exception->hidden_writes.end());
+    if (exception->kind) {
+      policy.kind = *exception->kind;
+      return policy;
+    }
+  }
+  const auto space = op.operator_name().getNamespace();
+  const bool known = space && (*space == "aten" || *space == "prims");
+  if (!known || op.hasTag(at::Tag::data_dependent_output) ||
+      op.hasTag(at::Tag::dynamic_output_shape) || !returns_tensors(schema)) {
+    policy.kind = Kind::kLeave;
+  } else if (op.hasTag(at::Tag::inplace_view)) {
+    policy.kind = Kind::kMetadata;
+  } else if (op.hasTag(at::Tag::nondeterministic_seeded) &&
+             policy.randomness == Randomness::kNone) {
+    policy.kind = Kind::kLeave;  // its numbers depend on values
+  }
+  return policy;
+}
+
+}  // namespace reprise

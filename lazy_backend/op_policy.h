@@ -1,0 +1,51 @@
+/// \file
+/// How each op is captured. Derived from its schema and its tags; one table
+/// holds the exceptions.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/SmallVector.h>
+
+#include <cstdint>
+
+#include "lazy_backend/trace.h"
+
+namespace reprise {
+
+struct OpPolicy {
+  enum class Kind : uint8_t {
+    /// Written down as a step.
+    kTrace,
+    /// Needs values, or makes what a trace cannot say: what it touches is
+    /// computed first, then it runs on the backing device, outside the trace.
+    kLeave,
+    /// Changes only how its first argument lies over its storage.
+    kMetadata,
+    /// Makes a tensor of no particular content: outside the trace.
+    kAllocate,
+    kCopy,    ///< `copy_`: traced between lazy tensors, a read or a write otherwise
+    kToCopy,  ///< `_to_copy`: a read where the target device is not lazy
+    kResize,
+    kSetStorage,
+  };
+  Kind kind = Kind::kTrace;
+  Randomness randomness = Randomness::kNone;
+  /// Tensors of the host may stand beside lazy ones (index tensors, lengths).
+  bool host_tensors = false;
+  /// Floats of this op are never made inputs of a program.
+  bool constant_floats = false;
+  /// Indices of the arguments that it writes, from the schema and, for ops whose
+  /// schema is silent, from the table.
+  c10::SmallVector<uint8_t, 4> writes;
+  /// For each return, the argument that it is again, or -1.
+  c10::SmallVector<int8_t, 4> returns_argument;
+  /// Counts the ops that a session has met.
+  uint32_t number = 0;
+  /// The index of a `Device` argument, or -1.
+  int device_argument = -1;
+};
+
+/// Computes the policy of an op; callers keep it.
+OpPolicy policy_of(const c10::OperatorHandle& op);
+
+}  // namespace reprise

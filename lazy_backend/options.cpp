@@ -1,0 +1,55 @@
+#include "reprise/options.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <iostream>
+#include <mutex>
+
+#include "lazy_backend/log.h"
+
+namespace reprise {
+namespace {
+
+template <class Number>
+void read(const char* name, Number& option) {
+  const char* text = std::getenv(name);
+  if (text == nullptr || *text == '\0') return;
+  char* end = nullptr;
+  const long long value = std::strtoll(text, &end, 10);
+  if (*end != '\0') {
+    TORCH_WARN("reprise: ", name, "=", text, " is no number and is ignored");
+    return;
+  }
+  option = static_cast<Number>(value);
+}
+void read(const char* name, std::string& option) {
+  if (const char* text = std::getenv(name)) option = text;
+}
+
+Options from_environment() {
+  Options options;
+  read("REPRISE_COMPILE", options.compile);
+  read("REPRISE_DEMOTE", options.demote_slow_programs);
+  read("REPRISE_FIND_STEPS", options.find_steps);
+  read("REPRISE_COMPILE_AFTER", options.compile_after_ops);
+  read("REPRISE_CACHE_DIR", options.cache_dir);
+  read("REPRISE_PYTHON", options.python);
+  read("REPRISE_LOG", options.log_level);
+  return options;
+}
+
+}  // namespace
+
+Options& options() {
+  static auto* instance = new Options(from_environment());
+  return *instance;
+}
+
+void write_log_line(const std::string& text) {
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  std::cerr << "[reprise] " << text << std::endl;
+}
+
+}  // namespace reprise

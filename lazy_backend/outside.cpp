@@ -1,0 +1,268 @@
+/// \file
+/// Calls that are no steps of a trace: reads and writes of the host, changes of
+/// metadata, ops whose results depend on data, and what libtorch may not record.
+#include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <functional>
+
+#include "lazy_backend/device.h"
+#include "lazy_backend/session.h"
+#include "lazy_backend/step_recorder.h"
+
+namespace reprise {
+namespace {
+
+/// Gives up a session's lock while code runs that may be the user's.
+class Unlocked {
+ public:
+  explicit Unlocked(SessionLock& lock) : lock_(lock) { lock_.unlock(); }
+  ~Unlocked() { lock_.lock(); }
+
+ private:
+  SessionLock& lock_;
+};
+
+void copy_geometry(const at::Tensor& from, const at::Tensor& to) {
+  to.unsafeGetTensorImpl()->set_sizes_and_strides(from.sizes(), from.strides(),
+                                                  from.storage_offset());
+}
+
+struct Pair {
+  at::Tensor lazy, backing;
+};
+
+/// Lazy tensors in place of those of the backing device.
+c10::IValue wrap_value(const c10::IValue& value, const std::vector<Pair>& arguments,
+                       std::vector<Pair>& results, c10::DeviceIndex index, bool to_lazy) {
+  if (value.isTensorList()) {
+    c10::List<at::Tensor> list;
+    for (const c10::IValue& item : value.toListRef()) {
+      list.push_back(wrap_value(item, arguments, results, index, to_lazy).toTensor());
+    }
+    return list;
+  }
+  if (!value.isTensor() || !value.toTensor().defined()) return value;
+  const at::Tensor& tensor = value.toTensor();
+  if (is_lazy(tensor)) return value;
+  for (const auto* known : {&arguments, static_cast<const std::vector<Pair>*>(&results)}) {
+    for (const Pair& pair : *known) {
+      if (pair.backing.is_same(tensor)) return pair.lazy;
+    }
+    for (const Pair& pair : *known) {
+      if (pair.backing.has_storage() && tensor.has_storage() &&
+          pair.backing.storage().unsafeGetStorageImpl() ==
+              tensor.storage().unsafeGetStorageImpl()) {
+        return wrap(c10::intrusive_ptr<LazyStorage>::reclaim_copy(lazy_storage(pair.lazy)),
+                    tensor, pair.lazy.key_set());
+      }
+    }
+  }
+  if (!to_lazy || tensor.device() != backing_device_of(index)) return value;
+  at::Tensor lazy = wrap_new(tensor, index);
+  results.push_back({lazy, tensor});
+  return lazy;
+}
+
+}  // namespace
+
+void Session::call_outside(const c10::OperatorHandle& op, const OpPolicy& how,
+                           torch::jit::Stack* stack) {
+  switch (how.kind) {
+    case OpPolicy::Kind::kCopy: {
+      const auto arguments = call_arguments(op, *stack);
+      const at::Tensor to = arguments[0].toTensor(), from = arguments[1].toTensor();
+      if (is_lazy(to) && !is_lazy(from)) {
+        host_write(to, from, arguments[2].toBool());
+        torch::jit::drop(*stack, arguments.size());
+        stack->emplace_back(to);
+        return;
+      }
+      break;  // a read, or a copy between two lazy devices
+    }
+    case OpPolicy::Kind::kMetadata:
+      return metadata(op, stack);
+    case OpPolicy::Kind::kResize:
+      return resize(op, stack);
+    case OpPolicy::Kind::kSetStorage:
+      return set_storage(op, stack);
+    case OpPolicy::Kind::kAllocate:
+      return allocate(op, how, stack);
+    default:
+      break;
+  }
+  leave(op, how, stack);
+}
+
+void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
+                    torch::jit::Stack* stack) {
+  const auto arguments = call_arguments(op, *stack);
+  const size_t count = arguments.size();
+  c10::DeviceIndex index = 0;
+  bool to_lazy = false, explicit_device = false;
+  if (how.device_argument >= 0) {
+    const c10::IValue& device = arguments[static_cast<size_t>(how.device_argument)];
+    if (device.isDevice()) {
+      explicit_device = true;
+      to_lazy = device.toDevice().is_lazy();
+      if (to_lazy && device.toDevice().has_index()) index = device.toDevice().index();
+    }
+  }
+  for (size_t k = 0; k < count; ++k) {
+    const bool writes =
+        std::find(how.writes.begin(), how.writes.end(), static_cast<uint8_t>(k)) !=
+        how.writes.end();
+    visit_tensors(arguments.slice(k, 1), [&](const at::Tensor& tensor) {
+      if (!is_lazy(tensor)) return;
+      detach_from_segment(lazy_storage(tensor), writes,
+                          writes ? "an op outside the trace writes a tensor"
+                                 : "a value was read");
+      if (!explicit_device) {
+        to_lazy = true;
+        index = tensor.device().index();
+      }
+    });
+  }
+  std::vector<Pair> unwrapped, made;
+  torch::jit::Stack backing;
+  for (const c10::IValue& value : arguments) {
+    backing.push_back(unwrap_value(value, [&](const at::Tensor& lazy, const at::Tensor& tensor) {
+      unwrapped.push_back({lazy, tensor});
+    }));
+  }
+  {
+    const Unlocked unlocked(lock_);
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    op.callBoxed(&backing);
+  }
+  for (const Pair& pair : unwrapped) {
+    if (pair.backing.sizes() != pair.lazy.sizes() ||
+        pair.backing.strides() != pair.lazy.strides() ||
+        pair.backing.storage_offset() != pair.lazy.storage_offset()) {
+      lazy_storage(pair.lazy)->set_backing(pair.backing.storage());
+      copy_geometry(pair.backing, pair.lazy);
+    }
+  }
+  const auto& returns = how.returns_argument;
+  c10::SmallVector<c10::IValue, 4> results;
+  for (size_t k = 0; k < backing.size(); ++k) {
+    const int again = k < returns.size() ? returns[k] : -1;
+    if (again >= 0 && backing[k].isTensor()) {
+      results.push_back((*stack)[stack->size() - count + static_cast<size_t>(again)]);
+    } else {
+      results.push_back(wrap_value(backing[k], unwrapped, made, index, to_lazy));
+    }
+  }
+  torch::jit::drop(*stack, count);
+  for (c10::IValue& result : results) stack->push_back(std::move(result));
+}
+
+void Session::host_write(const at::Tensor& destination, const at::Tensor& source,
+                         bool non_blocking) {
+  LazyStorage* storage = lazy_storage(destination);
+  detach_from_segment(storage, /*to_write=*/true, "the host writes a tensor of the step");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  unwrap(destination).copy_(source, non_blocking);
+}
+
+void Session::allocate(const c10::OperatorHandle& op, const OpPolicy& how,
+                       torch::jit::Stack* stack) {
+  const size_t base = stack->size() - op.schema().arguments().size();
+  c10::IValue& device = (*stack)[base + static_cast<size_t>(how.device_argument)];
+  c10::DeviceIndex index = 0;
+  if (device.isDevice()) {
+    index = std::max<c10::DeviceIndex>(device.toDevice().index(), 0);
+    device = backing_device_of(index);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  op.callBoxed(stack);
+  stack->back() = wrap_new(stack->back().toTensor(), index);
+}
+
+void Session::metadata(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  // Only how the tensor lies over its storage changes: asked of a tensor that
+  // has no data, so that a pending one stays pending.
+  const size_t count = op.schema().arguments().size();
+  const at::Tensor self = (*stack)[stack->size() - count].toTensor();
+  const int64_t elements =
+      static_cast<int64_t>(self.storage().nbytes() / self.dtype().itemsize());
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  at::Tensor meta = at::empty({elements}, self.options().device(c10::kMeta))
+                        .as_strided(self.sizes(), self.strides(), self.storage_offset());
+  (*stack)[stack->size() - count] = meta;
+  op.callBoxed(stack);
+  copy_geometry(meta, self);
+  if (!stack->empty()) stack->back() = self;
+}
+
+void Session::resize(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  const at::Tensor self = (*stack)[stack->size() - count].toTensor();
+  LazyStorage* storage = lazy_storage(self);
+  detach_from_segment(storage, /*to_write=*/true, "a tensor of the step was resized");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  at::Tensor backing;
+  for (size_t k = stack->size() - count; k < stack->size(); ++k) {
+    c10::IValue& value = (*stack)[k];
+    value = unwrap_value(value, [&](const at::Tensor& lazy, const at::Tensor& tensor) {
+      if (lazy.is_same(self)) backing = tensor;
+    });
+  }
+  op.callBoxed(stack);
+  storage->set_backing(backing.storage());
+  copy_geometry(backing, self);
+  if (!stack->empty()) stack->back() = self;
+}
+
+void Session::set_storage(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  // Only which storage the tensor lies over changes; the storage may be pending.
+  const auto arguments = call_arguments(op, *stack);
+  const size_t count = arguments.size();
+  const at::Tensor self = arguments[0].toTensor();
+  c10::TensorImpl* impl = self.unsafeGetTensorImpl();
+  const auto check_lazy = [&](c10::Device device) {
+    TORCH_CHECK(device == self.device(), "reprise: ", op.operator_name(), " of a tensor on ",
+                self.device(), " got a storage on ", device,
+                "; move the tensor first with .to(torch::kLazy)");
+  };
+  if (count == 1) {
+    const at::Tensor empty = at::empty({0}, self.options());
+    impl->set_storage_keep_dtype(empty.storage());
+    impl->set_sizes_contiguous({0});
+  } else {
+    at::Tensor source;
+    c10::Storage storage;
+    if (arguments[1].isTensor()) {
+      source = arguments[1].toTensor();
+      check_lazy(source.device());
+      storage = source.storage();
+    } else {
+      storage = arguments[1].toStorage();
+      check_lazy(storage.device());
+    }
+    impl->set_storage_keep_dtype(storage);
+    if (count >= 4) {
+      const int64_t offset = arguments[2].toInt();
+      const auto sizes = arguments[3].toIntVector();
+      std::vector<int64_t> strides;
+      if (count >= 5 && arguments[4].isIntList()) strides = arguments[4].toIntVector();
+      if (strides.empty() && !sizes.empty()) {
+        impl->set_storage_offset(offset);
+        impl->set_sizes_contiguous(sizes);
+      } else {
+        impl->set_sizes_and_strides(sizes, strides, offset);
+      }
+    } else if (source.defined()) {
+      copy_geometry(source, self);
+    } else {
+      const auto elements =
+          static_cast<int64_t>(storage.nbytes() / self.dtype().itemsize());
+      impl->set_storage_offset(0);
+      impl->set_sizes_contiguous({elements});
+    }
+  }
+  torch::jit::drop(*stack, count);
+  stack->emplace_back(self);
+}
+
+}  // namespace reprise

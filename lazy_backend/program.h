@@ -1,0 +1,69 @@
+/// \file
+/// A segment compiled for a set of outputs.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lazy_backend/trace.h"
+
+namespace reprise {
+
+/// Where a program's input comes from when it is called.
+struct ProgramInput {
+  enum class Kind : uint8_t {
+    kSlot,    ///< the storage in `index`, seen through `geometry`
+    kScalar,  ///< dynamic scalar number `index`, as a 0-dim float64 CPU tensor
+    kRandom,  ///< the random numbers of step `index`
+  };
+  Kind kind = Kind::kSlot;
+  uint32_t index = 0;
+  Geometry geometry;
+};
+
+/// A created slot that the program returns.
+struct ProgramOutput {
+  uint32_t slot = 0;
+  Geometry geometry;  ///< of the tensor that created it
+  size_t nbytes = 0;  ///< of its storage in eager
+  /// The program's own output differs from the record in geometry, or shares
+  /// its bytes: set on the first run.
+  bool copy = false;
+};
+
+/// What runs a compiled artifact. Calls may come from several threads.
+class Runner {
+ public:
+  virtual ~Runner() = default;
+  virtual std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) = 0;
+};
+
+struct Program {
+  enum class State : uint8_t { kQueued, kReady, kFailed, kDemoted };
+
+  // Set by who asks for the program, before it is queued.
+  std::string name;
+  std::vector<StepPtr> steps;
+  std::vector<uint32_t> live;  ///< created slots that are outputs, ascending
+  c10::DeviceIndex device_index = 0;
+
+  // Set by the compile queue, before the state becomes kReady.
+  std::vector<ProgramInput> inputs;
+  std::vector<ProgramOutput> outputs;
+  std::shared_ptr<Runner> runner;
+  double compile_seconds = 0;
+  bool from_store = false;
+  bool writes_inputs = false;
+
+  // Set before the state becomes kFailed or kDemoted.
+  std::string problem;
+
+  std::atomic<State> state{State::kQueued};
+};
+
+}  // namespace reprise

@@ -1,0 +1,656 @@
+#include "lazy_backend/session.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <mutex>
+
+#include "compiler_bridge/compile_queue.h"
+#include "lazy_backend/device.h"
+#include "lazy_backend/executor.h"
+#include "lazy_backend/interpreter.h"
+#include "lazy_backend/log.h"
+#include "lazy_backend/match.h"
+#include "lazy_backend/metrics.h"
+#include "lazy_backend/step_recorder.h"
+#include "reprise/device.h"
+#include "reprise/options.h"
+
+namespace reprise {
+
+thread_local Session* Session::current_session_ = nullptr;
+
+namespace {
+
+/// Sessions are never freed: a storage may name one that is pending there.
+struct Sessions {
+  std::mutex mutex;
+  std::vector<Session*> all;
+  std::vector<Session*> idle;
+};
+Sessions& sessions() {
+  static auto* instance = new Sessions;
+  return *instance;
+}
+
+uint64_t next_epoch() {
+  static std::atomic<uint64_t> next{1};
+  return next.fetch_add(1, std::memory_order_relaxed);
+}
+
+bool any_lazy(c10::ArrayRef<c10::IValue> values) {
+  bool found = false;
+  visit_tensors(values, [&](const at::Tensor& tensor) { found = found || is_lazy(tensor); });
+  return found;
+}
+
+/// The lazy device that a call works on.
+c10::DeviceIndex device_index_of(c10::ArrayRef<c10::IValue> values, const OpPolicy& policy) {
+  c10::DeviceIndex index = -1;
+  visit_tensors(values, [&](const at::Tensor& tensor) {
+    if (index < 0 && is_lazy(tensor)) index = tensor.device().index();
+  });
+  if (index < 0 && policy.device_argument >= 0) {
+    const c10::IValue& device = values[static_cast<size_t>(policy.device_argument)];
+    if (device.isDevice()) index = device.toDevice().index();
+  }
+  return std::max<c10::DeviceIndex>(index, 0);
+}
+
+/// Whether a call becomes a step, given where its tensors live.
+bool is_traced(const OpPolicy& how, c10::ArrayRef<c10::IValue> arguments) {
+  switch (how.kind) {
+    case OpPolicy::Kind::kTrace:
+      return true;
+    case OpPolicy::Kind::kCopy: {
+      const at::Tensor &to = arguments[0].toTensor(), &from = arguments[1].toTensor();
+      return is_lazy(to) && is_lazy(from) && to.device() == from.device();
+    }
+    case OpPolicy::Kind::kToCopy: {
+      const at::Tensor& from = arguments[0].toTensor();
+      const c10::IValue& device = arguments[static_cast<size_t>(how.device_argument)];
+      return is_lazy(from) && (device.isNone() || device.toDevice() == from.device() ||
+                               (device.toDevice().is_lazy() && !device.toDevice().has_index() &&
+                                from.device().index() == 0));
+    }
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+/// Completes a thread's pending work when it ends.
+struct ThreadExit {
+  Session* session = nullptr;
+  ~ThreadExit() {
+    if (session != nullptr) Session::detach(session);
+  }
+};
+
+Session& Session::attach() {
+  static thread_local ThreadExit exit;
+  Sessions& registry = sessions();
+  const std::lock_guard guard(registry.mutex);
+  if (registry.idle.empty()) {
+    const auto id = static_cast<uint32_t>(registry.all.size() + 1);
+    registry.all.push_back(new Session(id));
+    registry.idle.push_back(registry.all.back());
+  }
+  Session* session = registry.idle.back();
+  registry.idle.pop_back();
+  exit.session = current_session_ = session;
+  const std::lock_guard<SessionLock> own(session->lock_);
+  session->begin_segment();
+  return *session;
+}
+
+void Session::detach(Session* session) {
+  try {
+    session->mark_step("the thread ended");
+  } catch (const std::exception& error) {
+    TORCH_WARN("reprise: a pending step failed when its thread ended: ", error.what());
+  }
+  current_session_ = nullptr;
+  Sessions& registry = sessions();
+  const std::lock_guard guard(registry.mutex);
+  registry.idle.push_back(session);
+}
+
+std::vector<Session*> Session::all() {
+  Sessions& registry = sessions();
+  const std::lock_guard guard(registry.mutex);
+  return registry.all;
+}
+
+const OpPolicy& Session::policy(const c10::OperatorHandle& op) {
+  const auto [found, missing] = policies_.try_emplace(&op.schema());
+  if (C10_UNLIKELY(missing)) {
+    found->second = policy_of(op);
+    found->second.number = static_cast<uint32_t>(policies_.size());
+  }
+  return found->second;
+}
+
+// ---------------------------------------------------------------------------
+// Segments
+
+void Session::begin_segment() {
+  current_.clear();
+  current_.begin(next_epoch(), id_, this);
+  environment_ = environment_key();
+  root_ = tree_.root(environment_);
+  log_.clear();
+  finder_.restart();
+  live_at_start_ = LazyStorage::live_on_this_thread();
+  cursor_ = root_->child != nullptr && pause_ == 0 ? root_ : nullptr;
+  follow_ = cursor_ == nullptr ? root_ : nullptr;
+  hot_cursor_ = closed_node_ == nullptr ? cursor_ : nullptr;
+}
+
+void Session::end_segment(const char* reason) {
+  launch_closed();
+  if (cursor_ != nullptr) {
+    if (cursor_ == root_) {
+      // Nothing has happened, or only what left no step.
+      if (!current_.empty()) begin_segment();
+      return;
+    }
+    Node* node = cursor_;
+    recorded_since_hit_ = 0;
+    next_pause_ = kFirstPause;
+    end_of(*node).reason = reason;
+    cursor_ = hot_cursor_ = nullptr;
+    struct Begin {  // whatever happens, the next segment begins clean
+      Session* session;
+      ~Begin() { session->begin_segment(); }
+    } begin{this};
+    metrics().ops_verified.add(std::exchange(ops_verified_, 0));
+    launch(*node, current_);
+    return;
+  }
+  if (!log_.empty()) {
+    SegmentEnd& end = end_of(*insert(log_.size()));
+    end.reason = reason;
+    ++end.recorded;
+    REPRISE_LOG(1, end.name, ": recorded ", log_.size(), " ops, ended by ", reason);
+  }
+  begin_segment();
+}
+
+void Session::close() {
+  // The tree says that a step ends here. It is launched when the next op reads.
+  Node* node = cursor_;
+  launch_closed();
+  recorded_since_hit_ = 0;
+  next_pause_ = kFirstPause;
+  metrics().ops_verified.add(std::exchange(ops_verified_, 0));
+  current_.swap(closed_);
+  closed_node_ = node;
+  begin_segment();
+}
+
+void Session::launch_closed() {
+  if (closed_node_ == nullptr) return;
+  struct Finish {
+    Session* session;
+    ~Finish() {
+      session->closed_.clear();
+      session->closed_node_ = nullptr;
+      session->hot_cursor_ = session->cursor_;
+    }
+  } finish{this};
+  Node* node = closed_node_;
+  if (end_of(*node).reason.empty()) end_of(*node).reason = "the step ends here";
+  launch(*node, closed_);
+}
+
+void Session::mark_step(const char* reason) {
+  const std::lock_guard<SessionLock> guard(lock_);
+  end_segment(reason);
+}
+
+void Session::settle(const LazyStorage* storage) {
+  while (Session* owner = storage->pending_in()) {
+    const std::lock_guard<SessionLock> guard(owner->lock_);
+    if (storage->pending_in() == owner) owner->settle_locked(storage);
+  }
+}
+
+void Session::settle_locked(const LazyStorage* storage) {
+  launch_closed();
+  if (storage->pending_in() == this) end_segment("a value was read");
+}
+
+void Session::detach_from_segment(LazyStorage* storage, bool to_write, const char* reason) {
+  if (closed_node_ != nullptr &&
+      (storage->pending_in() == this || (to_write && closed_.find(storage) >= 0))) {
+    launch_closed();
+  }
+  const int64_t slot = current_.find(storage);
+  if (slot < 0) return;
+  const auto bound = static_cast<uint32_t>(slot);
+  if (to_write || current_.is_created(bound) || current_.is_written(bound) ||
+      storage->pending_in() == this) {
+    end_segment(reason);
+  }
+}
+
+void Session::discard() {
+  const std::lock_guard<SessionLock> guard(lock_);
+  closed_.clear();
+  closed_node_ = nullptr;
+  begin_segment();
+}
+
+void Session::forget() {
+  const std::lock_guard<SessionLock> guard(lock_);
+  end_segment("traces were forgotten");
+  tree_.clear();
+  finder_ = StepFinder();
+  begin_segment();
+}
+
+// ---------------------------------------------------------------------------
+// One call
+
+void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto arguments = call_arguments(op, *stack);
+  // What other sessions owe us comes first, while we hold no lock.
+  visit_tensors(arguments, [&](const at::Tensor& tensor) {
+    if (!is_lazy(tensor)) return;
+    Session* owner = lazy_storage(tensor)->pending_in();
+    if (owner != nullptr && owner != this) settle(lazy_storage(tensor));
+  });
+
+  const std::lock_guard<SessionLock> guard(lock_);
+  const OpPolicy& how = policy(op);
+  if (!is_traced(how, arguments)) {
+    call_outside(op, how, stack);
+    return;
+  }
+  const bool reads = any_lazy(arguments);
+  if (!reads && how.device_argument >= 0) {
+    const c10::IValue& device = arguments[static_cast<size_t>(how.device_argument)];
+    if (device.isDevice() && !device.toDevice().is_lazy()) {
+      leave(op, how, stack);
+      return;
+    }
+  }
+  if (reads) {
+    if (how.host_tensors) {
+      bool host = false;
+      visit_tensors(arguments, [&](const at::Tensor& tensor) {
+        host = host || (!is_lazy(tensor) && tensor.dim() > 0);
+      });
+      if (host) {
+        leave(op, how, stack);
+        return;
+      }
+    }
+    launch_closed();
+  } else if (environment_ != environment_key()) {
+    end_segment("the default dtype or another setting changed");
+  }
+  if (pause_ > 0) {
+    --pause_;
+    if (pause_ == 0) {
+      begin_segment();
+    } else {
+      leave(op, how, stack);
+      return;
+    }
+  }
+  if (cursor_ != nullptr) {
+    if (verify(op, how, stack)) return;
+    recover();
+  }
+  record(op, how, stack);
+}
+
+bool Session::match(Node* node, const c10::IValue* args, size_t count, bool floats_may_differ,
+                    bool* differing) {
+  const Step& step = *node->step;
+  const uint32_t size = current_.size();
+  const size_t scalars = current_.scalars.size();
+  Matcher matcher(current_, floats_may_differ);
+  bool same = true;
+  for (size_t k = 0; same && k < count; ++k) same = matcher.match(step.args[k], args[k]);
+  if (differing != nullptr) *differing = matcher.differing;
+  if (!same || floats_may_differ) {
+    current_.rollback(size);
+    current_.scalars.resize(scalars);
+  }
+  return same;
+}
+
+void Session::generalise(Node* node, const c10::IValue* args, size_t count) {
+  // A closed segment may go through this node with the numbers it has now.
+  launch_closed();
+  auto general = std::make_shared<Step>(*node->step);
+  for (size_t k = 0; k < count; ++k) {
+    Arg& arg = general->args[k];
+    if (arg.kind != Arg::Kind::kDouble && arg.kind != Arg::Kind::kNumber) continue;
+    Matcher exact(current_);
+    // Such arguments bind no slots; a scalar that it takes is taken back.
+    const size_t scalars = current_.scalars.size();
+    if (!exact.match(arg, args[k]) && exact.differing) arg.dynamic = true;
+    current_.scalars.resize(scalars);
+  }
+  node->step = std::move(general);
+  TraceTree::drop_programs(node);
+  REPRISE_LOG(1, "a number of ", node->step->op.operator_name(),
+              " changes from step to step: it becomes an input");
+}
+
+bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
+                     torch::jit::Stack* stack) {
+  const auto arguments = call_arguments(op, *stack);
+  const c10::IValue* args = arguments.data();
+  const size_t count = arguments.size();
+  Node* found = nullptr;
+  for (Node* child = cursor_->child; child != nullptr; child = child->sibling) {
+    if (child->step->op == op && match(child, args, count, false, nullptr)) {
+      found = child;
+      break;
+    }
+  }
+  if (found == nullptr && !how.constant_floats) {
+    for (Node* child = cursor_->child; child != nullptr; child = child->sibling) {
+      if (child->step->op != op || !match(child, args, count, true, nullptr)) continue;
+      generalise(child, args, count);
+      if (match(child, args, count, false, nullptr)) {
+        found = child;
+        break;
+      }
+    }
+  }
+  if (found == nullptr) return false;
+
+  const Step& step = *found->step;
+  if (step.device_index != device_index_of(arguments, how)) return false;
+  c10::SmallVector<c10::IValue, 4> results;
+  const std::function<c10::IValue(const Result&)> make = [&](const Result& result) -> c10::IValue {
+    switch (result.kind) {
+      case Result::Kind::kNone:
+        return at::Tensor();
+      case Result::Kind::kNew:
+        return make_new(result);
+      case Result::Kind::kAlias: {
+        const c10::IValue* source =
+            result.arg >= 0 ? &args[static_cast<size_t>(result.arg)] : nullptr;
+        return make_alias(result, source != nullptr && source->isTensor()
+                                      ? source->toTensor().key_set()
+                                      : c10::DispatchKeySet());
+      }
+      case Result::Kind::kArgument:
+        return args[static_cast<size_t>(result.arg)];
+      case Result::Kind::kConstant:
+        return result.constant;
+      case Result::Kind::kList: {
+        c10::List<at::Tensor> list;
+        for (const Result& item : *result.list) list.push_back(make(item).toTensor());
+        return list;
+      }
+    }
+    TORCH_INTERNAL_ASSERT(false);
+  };
+  for (const Result& result : step.results) results.push_back(make(result));
+  torch::jit::drop(*stack, count);
+  for (c10::IValue& result : results) stack->push_back(std::move(result));
+  advance(found);
+  if (closed_node_ != nullptr) hot_cursor_ = nullptr;  // more to do than to compare
+  return true;
+}
+
+at::Tensor Session::make_new(const Result& result) {
+  auto storage = c10::make_intrusive<LazyStorage>(result.nbytes, result.device_index);
+  current_.add_pending(storage.get());
+  const Geometry& geometry = *result.geometry;
+  auto impl = c10::make_intrusive<c10::TensorImpl>(
+      c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::Lazy),
+      c10::scalarTypeToTypeMeta(geometry.dtype));
+  impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
+  if (C10_UNLIKELY(geometry.conjugate)) impl->_set_conj(true);
+  if (C10_UNLIKELY(geometry.negative)) impl->_set_neg(true);
+  return at::Tensor(std::move(impl));
+}
+
+at::Tensor Session::make_alias(const Result& result, c10::DispatchKeySet keys) {
+  constexpr c10::DispatchKeySet kBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+  const Geometry& geometry = *result.geometry;
+  c10::Storage storage(
+      c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(current_.at(result.slot)));
+  if (keys.empty()) {
+    keys = c10::DispatchKeySet(c10::DispatchKey::Lazy);
+    if (!c10::InferenceMode::is_enabled()) {
+      keys = keys | c10::getAutogradRelatedKeySetFromBackend(c10::BackendComponent::LazyBit);
+    }
+  }
+  keys = keys - kBits;
+  if (C10_UNLIKELY(geometry.conjugate)) keys = keys.add(c10::DispatchKey::Conjugate);
+  if (C10_UNLIKELY(geometry.negative)) keys = keys.add(c10::DispatchKey::Negative);
+  auto impl = c10::make_intrusive<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, std::move(storage), keys,
+      c10::scalarTypeToTypeMeta(geometry.dtype));
+  impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
+  return at::Tensor(std::move(impl));
+}
+
+void Session::recover() {
+  launch_closed();
+  Node* node = cursor_;
+  cursor_ = hot_cursor_ = nullptr;
+  follow_ = node;
+  if (node == root_) return;
+  metrics().mismatches.add(1);
+  metrics().ops_verified.add(std::exchange(ops_verified_, 0));
+  try {
+    const bool compiled =
+        node->end && node->end->program && node->end->program->state == Program::State::kReady;
+    log_ = TraceTree::path(node);
+    if (compiled) {
+      launch(*node, current_);
+    } else {
+      c10::InferenceMode normal_tensors(false);
+      interpret(log_, current_);
+    }
+  } catch (...) {
+    begin_segment();
+    throw;
+  }
+  current_.settle();
+  for (const StepPtr& step : log_) {
+    for (const uint32_t slot : step->written) current_.set_written(slot);
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Recording
+
+void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
+                     torch::jit::Stack* stack) {
+  CompileQueue::get().warm_up();
+  StepRecorder recorder(op, how, current_, device_index_of(call_arguments(op, *stack), how));
+  const int64_t live = LazyStorage::live_on_this_thread() - live_at_start_;
+  std::shared_ptr<Step> step;
+  try {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    recorder.take_arguments(*stack);
+    op.callBoxed(stack);
+    step = recorder.take_results(*stack);
+  } catch (...) {
+    current_.rollback(recorder.first_slot());
+    throw;
+  }
+  if (step == nullptr) {
+    current_.rollback(recorder.first_slot());
+    end_segment("an op that no trace can say");
+    return;
+  }
+  step->live_before = static_cast<int32_t>(live);
+  log_.push_back(std::move(step));
+  ++ops_recorded_;
+  metrics().ops_recorded.add(1);
+  after_recorded();
+  if (C10_UNLIKELY(++recorded_since_hit_ > kPatience)) pause_recording();
+}
+
+void Session::pause_recording() {
+  // Nothing has come again for so long: writing it down does not pay. Try again
+  // later, and later still.
+  end_segment("nothing repeats");
+  recorded_since_hit_ = 0;
+  pause_ = next_pause_;
+  next_pause_ = std::min(2 * next_pause_, kLongestPause);
+  begin_segment();
+  REPRISE_LOG(1, "nothing repeats: ", pause_, " ops run without being recorded");
+}
+
+std::optional<size_t> Session::feed(const Step& step) {
+  if (!options().find_steps) return std::nullopt;
+  finder_arguments_.clear();
+  finder_created_.clear();
+  for_each_tensor(step.args, [&](const Arg& arg) {
+    const LazyStorage* storage = current_.at(arg.slot);
+    StepFinder::Argument argument;
+    argument.storage = storage->uid();
+    argument.written = std::find(step.written.begin(), step.written.end(), arg.slot) !=
+                       step.written.end();
+    argument.leaf = storage->is_parameter();
+    argument.fresh = current_.is_fresh(arg.slot);
+    finder_arguments_.push_back(argument);
+  });
+  for_each_result(step.results, [&](const Result& result) {
+    if (result.kind == Result::Kind::kNew) {
+      finder_created_.push_back(current_.at(result.slot)->uid());
+    }
+  });
+  StepFinder::Op op;
+  op.op = policy(step.op).number;
+  op.arguments = finder_arguments_;
+  op.created = finder_created_;
+  op.grad_mode = step.grad_mode;
+  op.live = step.live_before;
+  return finder_.feed(op);
+}
+
+void Session::after_recorded() {
+  if (follow_ != nullptr) {
+    follow_ = TraceTree::find(follow_, *log_.back());
+    if (follow_ == nullptr) {
+      refeed();
+    } else if (follow_->cut) {
+      drop_front(log_.size());
+    }
+  } else if (const auto cut = feed(*log_.back())) {
+    drop_front(*cut);
+    refeed();
+  }
+}
+
+void Session::refeed() {
+  while (!log_.empty()) {
+    finder_.restart();
+    follow_ = root_;
+    size_t cut = 0;
+    for (size_t k = 0; k < log_.size() && follow_ != nullptr && cut == 0; ++k) {
+      follow_ = TraceTree::find(follow_, *log_[k]);
+      if (follow_ != nullptr && follow_->cut) cut = k + 1;
+    }
+    if (cut == 0 && follow_ == nullptr) {
+      for (size_t k = 0; k < log_.size() && cut == 0; ++k) {
+        cut = feed(*log_[k]).value_or(0);
+      }
+    }
+    if (cut == 0) return;
+    drop_front(cut);
+  }
+}
+
+Node* Session::insert(size_t count) {
+  if (tree_.full()) {
+    launch_closed();
+    REPRISE_LOG(1, "the trace tree is full and is emptied");
+    tree_.clear();
+    root_ = tree_.root(environment_);
+  }
+  Node* node = root_;
+  for (size_t k = 0; k < count; ++k) node = tree_.extend(node, log_[k]);
+  metrics().segments_recorded.add(1);
+  return node;
+}
+
+void Session::drop_front(size_t count) {
+  Node* node = insert(count);
+  node->cut = true;
+  SegmentEnd& end = end_of(*node);
+  if (end.recorded++ == 0) {
+    end.reason = "the step ends here";
+    REPRISE_LOG(1, end.name, ": recorded a step of ", count, " ops");
+  }
+  if (count == log_.size()) {
+    begin_segment();
+    return;
+  }
+  // What was recorded since belongs to the next segment, whose slots have other
+  // numbers.
+  std::vector<StepPtr> before(log_.begin() + static_cast<std::ptrdiff_t>(count), log_.end());
+  std::vector<int64_t> slots(current_.size(), -1);
+  std::vector<bool> created;
+  uint32_t next = 0;
+  std::vector<std::shared_ptr<Step>> after;
+  const int32_t live = before.front()->live_before;
+  live_at_start_ += live;
+  for (const StepPtr& step : before) {
+    after.push_back(renumber(*step, slots, next, created));
+    after.back()->live_before -= live;
+  }
+  current_.renumber(slots, created, before.front()->first_slot, next_epoch());
+  log_.clear();
+  for (auto& step : after) {
+    for (const uint32_t slot : step->written) {
+      if (!created[slot] && !current_.is_written(slot)) step->written_inputs.push_back(slot);
+      current_.set_written(slot);
+    }
+    log_.push_back(std::move(step));
+  }
+  cursor_ = hot_cursor_ = nullptr;
+  follow_ = root_;
+}
+
+void Session::explain(std::string& out) {
+  const std::lock_guard<SessionLock> guard(lock_);
+  out += c10::str("session ", id_, ": ", tree_.size(), " nodes, ", ops_recorded_,
+                  " ops recorded\n");
+  tree_.for_each_end([&](const Node& node) {
+    const SegmentEnd& end = *node.end;
+    out += c10::str("  ", end.name, ": ", node.depth, " ops, recorded ", end.recorded,
+                    "x, interpreted ", end.interpreted, "x, replayed ", end.replayed,
+                    "x; ended by: ", end.reason, "\n");
+    const Program* program = end.program.get();
+    if (program == nullptr) return;
+    switch (program->state.load()) {
+      case Program::State::kQueued:
+        out += "    being compiled\n";
+        break;
+      case Program::State::kReady:
+        out += c10::str("    program: ", program->inputs.size(), " inputs, ",
+                        program->outputs.size(), " outputs, ",
+                        program->from_store ? "loaded from the artifact store"
+                                            : c10::str("compiled in ", program->compile_seconds,
+                                                       " s"),
+                        "\n");
+        break;
+      case Program::State::kFailed:
+        out += c10::str("    failed: ", program->problem, "\n");
+        break;
+      case Program::State::kDemoted:
+        out += c10::str("    ", program->problem, "\n");
+        break;
+    }
+  });
+}
+
+}  // namespace reprise

@@ -1,0 +1,163 @@
+/// \file
+/// One thread's work on the lazy device: records, verifies, recovers.
+///
+/// A session stands at a place in its trace tree. While a node of the tree says
+/// what comes next it *verifies*: no op is run, results are pending. Otherwise it
+/// *records*: each op runs on the backing device and is written down. Any
+/// mismatch runs the verified part and goes on recording, so the program is
+/// always right.
+///
+/// Locks: each session has one. A thread never waits for another session's lock
+/// while it holds its own: what is pending elsewhere is completed first
+/// (`settle`), then its own lock is taken. Sessions are never freed; a thread
+/// that ends completes what is pending and leaves its session, with the traces,
+/// to the next thread.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "lazy_backend/op_policy.h"
+#include "lazy_backend/segment.h"
+#include "lazy_backend/session_lock.h"
+#include "lazy_backend/step_finder.h"
+#include "lazy_backend/trace_tree.h"
+
+namespace reprise {
+
+class Session {
+ public:
+  /// The calling thread's session.
+  static Session& current() {
+    Session* session = current_session_;
+    return C10_LIKELY(session != nullptr) ? *session : attach();
+  }
+
+  /// Captures one call; arguments and results are on the stack, as the
+  /// dispatcher has them.
+  void call(const c10::OperatorHandle& op, torch::jit::Stack* stack);
+
+  /// Ends the segment and launches all that is pending.
+  void mark_step(const char* reason);
+
+  /// Makes sure that `storage` has its values in its backing, whichever session
+  /// makes them. No session lock may be held.
+  static void settle(const LazyStorage* storage);
+
+  // What the unboxed entry needs: see hot_ops.h. The lock must be held.
+  SessionLock& lock() { return lock_; }
+  /// The node whose children say what may come next; null when there is more to
+  /// do than to compare.
+  Node* hot_cursor() const { return hot_cursor_; }
+  Segment& segment() { return current_; }
+  /// A new tensor over a storage that `step` creates.
+  at::Tensor make_new(const Result& result);
+  /// A tensor over a storage that was there before.
+  at::Tensor make_alias(const Result& result, c10::DispatchKeySet keys);
+  /// The call matched `node`, and its results have been made.
+  void advance(Node* node) {
+    for (const uint32_t slot : node->step->written_inputs) {
+      current_.at(slot)->set_pending_in(this);
+    }
+    cursor_ = hot_cursor_ = node;
+    ++ops_verified_;
+    if (C10_UNLIKELY(node->cut)) close();
+  }
+
+  // For tests, benchmarks and reports.
+  void discard();
+  void forget();
+  void explain(std::string& out);
+  template <class Visit>
+  void with_tree(const Visit& visit) {
+    const std::lock_guard<SessionLock> guard(lock_);
+    visit(tree_);
+  }
+  static std::vector<Session*> all();
+
+ private:
+  explicit Session(uint32_t id) : id_(id) {}
+  static Session& attach();
+  static void detach(Session* session);
+  friend struct ThreadExit;
+
+  void begin_segment();
+  void end_segment(const char* reason);
+  void close();
+  void launch_closed();
+  void settle_locked(const LazyStorage* storage);
+  const OpPolicy& policy(const c10::OperatorHandle& op);
+
+  bool verify(const c10::OperatorHandle& op, const OpPolicy& policy, torch::jit::Stack* stack);
+  bool match(Node* node, const c10::IValue* args, size_t count, bool floats_may_differ,
+             bool* differing);
+  void generalise(Node* node, const c10::IValue* args, size_t count);
+  void recover();
+
+  void record(const c10::OperatorHandle& op, const OpPolicy& policy, torch::jit::Stack* stack);
+  void after_recorded();
+  void refeed();
+  void drop_front(size_t count);
+  Node* insert(size_t count);
+  std::optional<size_t> feed(const Step& step);
+  void pause_recording();
+
+  void call_outside(const c10::OperatorHandle& op, const OpPolicy& policy,
+                    torch::jit::Stack* stack);
+  void metadata(const c10::OperatorHandle& op, torch::jit::Stack* stack);
+  void resize(const c10::OperatorHandle& op, torch::jit::Stack* stack);
+  void set_storage(const c10::OperatorHandle& op, torch::jit::Stack* stack);
+  void allocate(const c10::OperatorHandle& op, const OpPolicy& policy,
+                torch::jit::Stack* stack);
+  void leave(const c10::OperatorHandle& op, const OpPolicy& policy, torch::jit::Stack* stack);
+  void host_write(const at::Tensor& destination, const at::Tensor& source, bool non_blocking);
+  /// What `storage` holds is in its backing and no part of the segment will
+  /// write it (nor, where `to_write`, reads it) later.
+  void detach_from_segment(LazyStorage* storage, bool to_write, const char* reason);
+
+  static thread_local Session* current_session_
+      __attribute__((tls_model("initial-exec")));
+
+  SessionLock lock_;
+  const uint32_t id_;
+  Node* hot_cursor_ = nullptr;
+  Node* cursor_ = nullptr;  ///< verifying; null: recording
+  uint64_t ops_verified_ = 0;
+  Segment current_;
+
+  /// A segment that has ended and waits: it is launched when the next op reads a
+  /// tensor, for by then a `zero_grad` has dropped what need not be returned.
+  Segment closed_;
+  Node* closed_node_ = nullptr;
+
+  TraceTree tree_;
+  uint64_t environment_ = 0;
+  Node* root_ = nullptr;
+
+  // Recording: the steps since the segment's start, and where they lie in the
+  // tree (null: off the tree, fed to the finder).
+  std::vector<StepPtr> log_;
+  Node* follow_ = nullptr;
+  StepFinder finder_;
+  int64_t live_at_start_ = 0;
+  uint64_t ops_recorded_ = 0;
+
+  // Programs that never repeat: see pause_recording. All in ops.
+  static constexpr uint64_t kPatience = 100'000;
+  static constexpr uint64_t kFirstPause = 100'000;
+  static constexpr uint64_t kLongestPause = 10'000'000;
+  uint64_t recorded_since_hit_ = 0;
+  uint64_t pause_ = 0;
+  uint64_t next_pause_ = kFirstPause;
+
+  std::unordered_map<const c10::FunctionSchema*, OpPolicy> policies_;
+  std::vector<StepFinder::Argument> finder_arguments_;
+  std::vector<uint64_t> finder_created_;
+};
+
+}  // namespace reprise

@@ -1,0 +1,344 @@
+#include "lazy_backend/step_recorder.h"
+
+#include <ATen/core/ATen_fwd.h>
+#include <c10/core/GradMode.h>
+
+#include "lazy_backend/device.h"
+
+namespace reprise {
+namespace {
+
+bool list_holds_tensors(const c10::IValue& value) {
+  if (value.isTensorList() || value.isOptionalTensorList()) return true;
+  for (const c10::IValue& item : value.toListRef()) {
+    if (item.isTensor()) return true;
+  }
+  return false;
+}
+
+void note_parameter(LazyStorage& storage, const at::Tensor& tensor) {
+  if (!storage.is_parameter() && tensor.requires_grad() && tensor.is_leaf()) {
+    storage.set_is_parameter();
+  }
+}
+
+}  // namespace
+
+StepRecorder::StepRecorder(const c10::OperatorHandle& op, const OpPolicy& policy,
+                           Segment& segment, c10::DeviceIndex device_index)
+    : policy_(policy), segment_(segment), step_(std::make_shared<Step>(op)) {
+  step_->first_slot = segment.size();
+  step_->device_index = device_index;
+  step_->randomness = policy.randomness;
+  step_->constant_floats = policy.constant_floats;
+  step_->grad_mode = c10::GradMode::is_enabled();
+}
+
+Arg StepRecorder::take_tensor(c10::IValue& value, int top_level) {
+  Arg arg;
+  const at::Tensor& tensor = value.toTensor();
+  if (!tensor.defined()) {
+    arg.kind = Arg::Kind::kUndefined;
+    return arg;
+  }
+  if (!is_lazy(tensor)) {
+    TORCH_CHECK(tensor.dim() == 0 && tensor.device().is_cpu(),
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                "lazy:", static_cast<int>(step_->device_index), " and ", tensor.device(),
+                "! (when checking arguments of ", step_->op.operator_name(),
+                "; move the tensor with .to(torch::kLazy))");
+    arg.kind = Arg::Kind::kNumber;
+    // A wrapped number is nobody's tensor; another may be written to later.
+    arg.set_constant(tensor.unsafeGetTensorImpl()->is_wrapped_number() ? tensor
+                                                                       : tensor.clone());
+    return arg;
+  }
+  LazyStorage* storage = lazy_storage(tensor);
+  note_parameter(*storage, tensor);
+  arg.kind = Arg::Kind::kTensor;
+  const int64_t found = segment_.find(storage);
+  arg.first_use = found < 0;
+  arg.slot = arg.first_use ? segment_.add_input(storage) : static_cast<uint32_t>(found);
+  arg.set_geometry(Geometry(*tensor.unsafeGetTensorImpl()));
+  at::Tensor backing = unwrap(tensor);
+  tensors_.push_back({tensor, backing, top_level});
+  value = std::move(backing);
+  return arg;
+}
+
+Arg StepRecorder::take(c10::IValue& value, const c10::Argument& declared, int top_level) {
+  Arg arg;
+  if (value.isNone()) return arg;
+  if (value.isTensor()) return take_tensor(value, top_level);
+  if (value.isInt()) {
+    arg.kind = Arg::Kind::kInt;
+    arg.i = value.toInt();
+  } else if (value.isBool()) {
+    arg.kind = Arg::Kind::kBool;
+    arg.b = value.toBool();
+  } else if (value.isDouble()) {
+    arg.kind = Arg::Kind::kDouble;
+    arg.d = value.toDouble();
+  } else if (value.isIntList()) {
+    arg.kind = Arg::Kind::kIntList;
+    arg.set_ints(value.toIntVector(), value);
+  } else if (value.isDevice()) {
+    arg.kind = Arg::Kind::kDevice;
+    arg.set_constant(value);
+    if (value.toDevice().is_lazy()) value = backing_device_of(step_->device_index);
+  } else if (value.isList() && list_holds_tensors(value)) {
+    arg.kind = Arg::Kind::kList;
+    std::vector<Arg> items;
+    const bool optional = value.isOptionalTensorList();
+    c10::List<at::Tensor> tensors;
+    c10::List<std::optional<at::Tensor>> optionals;
+    for (const c10::IValue& item : value.toListRef()) {
+      c10::IValue copy = item;
+      items.push_back(take(copy, declared, -1));
+      if (optional) {
+        optionals.push_back(copy.to<std::optional<at::Tensor>>());
+      } else {
+        tensors.push_back(copy.toTensor());
+      }
+    }
+    arg.set_list(std::move(items));
+    if (optional) {
+      value = std::move(optionals);
+    } else {
+      value = std::move(tensors);
+    }
+  } else if (value.isString() || value.isComplexDouble() || value.isList() ||
+             value.isGenerator()) {
+    arg.kind = Arg::Kind::kConstant;
+    arg.set_constant(value);
+  } else {
+    arg.kind = Arg::Kind::kOpaque;
+  }
+  return arg;
+}
+
+void StepRecorder::take_arguments(torch::jit::Stack& stack) {
+  const auto& declared = step_->op.schema().arguments();
+  const size_t base = stack.size() - declared.size();
+  step_->args.reserve(declared.size());
+  for (size_t k = 0; k < declared.size(); ++k) {
+    step_->args.push_back(take(stack[base + k], declared[k], static_cast<int>(k)));
+  }
+  for (const uint8_t written : policy_.writes) {
+    const Arg& arg = step_->args[written];
+    const auto note = [&](const Arg& tensor) {
+      step_->written.push_back(tensor.slot);
+      if (!segment_.is_created(tensor.slot) && !segment_.is_written(tensor.slot)) {
+        step_->written_inputs.push_back(tensor.slot);
+      }
+      segment_.set_written(tensor.slot);
+    };
+    if (arg.kind == Arg::Kind::kTensor) note(arg);
+    if (arg.kind == Arg::Kind::kList) for_each_tensor(arg.list(), note);
+  }
+}
+
+Result StepRecorder::give(c10::IValue& value, int again) {
+  Result result;
+  if (value.isList() && list_holds_tensors(value)) {
+    result.kind = Result::Kind::kList;
+    auto items = std::make_shared<std::vector<Result>>();
+    c10::List<at::Tensor> tensors;
+    for (const c10::IValue& item : value.toListRef()) {
+      c10::IValue copy = item;
+      items->push_back(give(copy, -1));
+      tensors.push_back(copy.toTensor());
+    }
+    result.list = std::move(items);
+    value = std::move(tensors);
+    return result;
+  }
+  if (!value.isTensor()) {
+    result.kind = Result::Kind::kConstant;
+    result.constant = value;
+    if (value.isList() && value.toListRef().empty()) {
+      // An empty list of tensors, say.
+      traceable_ = false;
+    }
+    return result;
+  }
+  const at::Tensor& tensor = value.toTensor();
+  if (!tensor.defined()) return result;
+  if (again >= 0) {
+    for (const Unwrapped& each : tensors_) {
+      if (each.argument != again) continue;
+      result.kind = Result::Kind::kArgument;
+      result.arg = again;
+      value = each.lazy;
+      return result;
+    }
+  }
+  const c10::Device backing = backing_device_of(step_->device_index);
+  if (tensor.device() != backing || tensor.layout() != c10::kStrided) {
+    traceable_ = false;
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        tensor.layout() == c10::kStrided, "reprise: ", step_->op.operator_name(), " returns a ",
+        tensor.layout(), " tensor, and lazy tensors are strided: compute it on ", backing);
+    return result;
+  }
+  for (const Unwrapped& each : tensors_) {
+    if (each.backing.storage().unsafeGetStorageImpl() !=
+        tensor.storage().unsafeGetStorageImpl()) {
+      continue;
+    }
+    LazyStorage* storage = lazy_storage(each.lazy);
+    at::Tensor alias =
+        wrap(c10::intrusive_ptr<LazyStorage>::reclaim_copy(storage), tensor,
+             each.lazy.key_set());
+    result.kind = Result::Kind::kAlias;
+    result.arg = each.argument;
+    result.slot = static_cast<uint32_t>(segment_.find(storage));
+    result.geometry = std::make_shared<const Geometry>(*alias.unsafeGetTensorImpl());
+    value = std::move(alias);
+    return result;
+  }
+  at::Tensor lazy = wrap_new(tensor, step_->device_index);
+  LazyStorage* storage = lazy_storage(lazy);
+  result.kind = Result::Kind::kNew;
+  result.slot = segment_.add_created(storage);
+  result.nbytes = storage->nbytes();
+  result.device_index = step_->device_index;
+  result.geometry = std::make_shared<const Geometry>(*lazy.unsafeGetTensorImpl());
+  tensors_.push_back({lazy, tensor, -1});  // a second result may share its storage
+  value = std::move(lazy);
+  return result;
+}
+
+void StepRecorder::check_changed_geometry() {
+  for (const Unwrapped& each : tensors_) {
+    if (each.backing.sizes() == each.lazy.sizes() &&
+        each.backing.strides() == each.lazy.strides() &&
+        each.backing.storage_offset() == each.lazy.storage_offset()) {
+      continue;
+    }
+    // An `out` tensor was resized. Its storage object stayed the same.
+    traceable_ = false;
+    lazy_storage(each.lazy)->set_backing(each.backing.storage());
+    each.lazy.unsafeGetTensorImpl()->set_sizes_and_strides(
+        each.backing.sizes(), each.backing.strides(), each.backing.storage_offset());
+  }
+}
+
+std::shared_ptr<Step> StepRecorder::take_results(torch::jit::Stack& stack) {
+  if (!policy_.writes.empty()) check_changed_geometry();
+  const size_t count = step_->op.schema().returns().size();
+  const size_t base = stack.size() - count;
+  step_->results.reserve(count);
+  bool aliases = policy_.writes.empty() && policy_.randomness == Randomness::kNone;
+  for (size_t k = 0; k < count; ++k) {
+    step_->results.push_back(give(stack[base + k], policy_.returns_argument[k]));
+    const Result& result = step_->results.back();
+    const auto is_alias = [](const Result& r) {
+      return r.kind == Result::Kind::kAlias || r.kind == Result::Kind::kNone;
+    };
+    aliases = aliases && (result.kind == Result::Kind::kList
+                              ? std::all_of(result.list->begin(), result.list->end(), is_alias)
+                              : is_alias(result));
+  }
+  step_->only_aliases = aliases;
+  step_->slot_count = segment_.size() - step_->first_slot;
+  return traceable_ ? step_ : nullptr;
+}
+
+c10::IValue unwrap_value(
+    const c10::IValue& value,
+    const std::function<void(const at::Tensor&, const at::Tensor&)>& on_unwrap) {
+  if (value.isTensor()) {
+    if (!is_lazy(value.toTensor())) return value;
+    at::Tensor backing = unwrap(value.toTensor());
+    on_unwrap(value.toTensor(), backing);
+    return backing;
+  }
+  if (value.isDevice() && value.toDevice().is_lazy()) {
+    return backing_device_of(value.toDevice().index());
+  }
+  if (value.isOptionalTensorList()) {
+    c10::List<std::optional<at::Tensor>> list;
+    for (const c10::IValue& item : value.toListRef()) {
+      list.push_back(unwrap_value(item, on_unwrap).to<std::optional<at::Tensor>>());
+    }
+    return list;
+  }
+  if (value.isTensorList()) {
+    c10::List<at::Tensor> list;
+    for (const c10::IValue& item : value.toListRef()) {
+      list.push_back(unwrap_value(item, on_unwrap).toTensor());
+    }
+    return list;
+  }
+  return value;
+}
+
+namespace {
+
+/// Gives slots their new numbers, in the order of first appearance.
+class Renumbering {
+ public:
+  Renumbering(std::vector<int64_t>& slots, uint32_t& next, std::vector<bool>& created)
+      : slots_(slots), next_(next), created_(created) {}
+
+  Arg arg(const Arg& before) {
+    Arg after = before;
+    if (before.kind == Arg::Kind::kTensor) {
+      after.first_use = slots_[before.slot] < 0;
+      after.slot = number(before.slot, /*created=*/false);
+    } else if (before.kind == Arg::Kind::kList) {
+      std::vector<Arg> items;
+      for (const Arg& item : before.list()) items.push_back(arg(item));
+      after.set_list(std::move(items));
+    }
+    return after;
+  }
+
+  Result result(const Result& before) {
+    Result after = before;
+    if (before.kind == Result::Kind::kNew || before.kind == Result::Kind::kAlias) {
+      after.slot = number(before.slot, before.kind == Result::Kind::kNew);
+    } else if (before.kind == Result::Kind::kList) {
+      auto items = std::make_shared<std::vector<Result>>();
+      for (const Result& item : *before.list) items->push_back(result(item));
+      after.list = std::move(items);
+    }
+    return after;
+  }
+
+  uint32_t number(uint32_t slot, bool created) {
+    if (slots_[slot] < 0) {
+      slots_[slot] = next_++;
+      created_.push_back(created);
+    }
+    return static_cast<uint32_t>(slots_[slot]);
+  }
+
+ private:
+  std::vector<int64_t>& slots_;
+  uint32_t& next_;
+  std::vector<bool>& created_;
+};
+
+}  // namespace
+
+std::shared_ptr<Step> renumber(const Step& step, std::vector<int64_t>& slots,
+                               uint32_t& next_slot, std::vector<bool>& created) {
+  auto after = std::make_shared<Step>(step);
+  Renumbering renumbering(slots, next_slot, created);
+  after->first_slot = next_slot;
+  for (size_t k = 0; k < step.args.size(); ++k) after->args[k] = renumbering.arg(step.args[k]);
+  for (size_t k = 0; k < step.results.size(); ++k) {
+    after->results[k] = renumbering.result(step.results[k]);
+  }
+  after->slot_count = next_slot - after->first_slot;
+  after->written.clear();
+  after->written_inputs.clear();
+  for (const uint32_t slot : step.written) {
+    after->written.push_back(static_cast<uint32_t>(slots[slot]));
+  }
+  return after;
+}
+
+}  // namespace reprise

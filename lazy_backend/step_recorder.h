@@ -1,0 +1,84 @@
+/// \file
+/// Writes one call down as a step while it runs on the backing device.
+#pragma once
+
+#include <ATen/core/stack.h>
+#include <c10/util/SmallVector.h>
+
+#include <memory>
+
+#include "lazy_backend/op_policy.h"
+#include "lazy_backend/segment.h"
+#include "lazy_backend/trace.h"
+
+namespace reprise {
+
+/// Use: construct, `take_arguments`, call the op, `take_results`. When the op
+/// throws, or `take_results` returns null, the slots bound since construction
+/// are to be rolled back to `first_slot()`.
+class StepRecorder {
+ public:
+  StepRecorder(const c10::OperatorHandle& op, const OpPolicy& policy, Segment& segment,
+               c10::DeviceIndex device_index);
+
+  /// Writes the arguments down and puts tensors of the backing device in their
+  /// place. Throws libtorch's error for mixed devices.
+  void take_arguments(torch::jit::Stack& stack);
+
+  /// Writes the results down and puts lazy tensors in their place. Returns null
+  /// where the call cannot be written as a step (an `out` tensor was resized, a
+  /// result lies on another device); the results are good all the same.
+  std::shared_ptr<Step> take_results(torch::jit::Stack& stack);
+
+  uint32_t first_slot() const { return step_->first_slot; }
+
+ private:
+  Arg take(c10::IValue& value, const c10::Argument& declared, int top_level);
+  Arg take_tensor(c10::IValue& value, int top_level);
+  Result give(c10::IValue& value, int again);
+  void check_changed_geometry();
+
+  struct Unwrapped {
+    at::Tensor lazy;
+    at::Tensor backing;
+    int argument;  ///< index of the argument itself, -1 within a list
+  };
+
+  const OpPolicy& policy_;
+  Segment& segment_;
+  std::shared_ptr<Step> step_;
+  c10::SmallVector<Unwrapped, 6> tensors_;
+  bool traceable_ = true;
+};
+
+/// The arguments of a call: the last ones on the stack.
+inline c10::ArrayRef<c10::IValue> call_arguments(const c10::OperatorHandle& op,
+                                                 const torch::jit::Stack& stack) {
+  const size_t count = op.schema().arguments().size();
+  return c10::ArrayRef<c10::IValue>(stack.data() + (stack.size() - count), count);
+}
+
+/// Calls `visit(const at::Tensor&)` for every defined tensor among `values`.
+template <class Visit>
+void visit_tensors(c10::ArrayRef<c10::IValue> values, const Visit& visit) {
+  for (const c10::IValue& value : values) {
+    if (value.isTensor()) {
+      if (value.toTensor().defined()) visit(value.toTensor());
+    } else if (value.isList()) {
+      visit_tensors(value.toListRef(), visit);
+    }
+  }
+}
+
+/// Replaces lazy tensors and lazy devices by those of the backing device.
+/// `on_unwrap(lazy, backing)` is called for each.
+c10::IValue unwrap_value(const c10::IValue& value,
+                         const std::function<void(const at::Tensor&, const at::Tensor&)>& on_unwrap);
+
+/// An equal step with other slot numbers: slot `s` becomes `slots[s]`. `created`
+/// tells which slots the segment has created before it; numbers that are -1 are
+/// given as they come, from `next_slot` on.
+std::shared_ptr<Step> renumber(const Step& step, std::vector<int64_t>& slots,
+                               uint32_t& next_slot, std::vector<bool>& created);
+
+}  // namespace reprise

@@ -1,0 +1,164 @@
+#include "lazy_backend/trace.h"
+
+#include <ATen/core/Tensor.h>
+
+#include <bit>
+#include <cstring>
+
+namespace reprise {
+
+Geometry::Geometry(const c10::TensorImpl& tensor)
+    : offset(tensor.storage_offset()),
+      rank(static_cast<uint32_t>(tensor.dim())),
+      dtype(tensor.dtype().toScalarType()),
+      conjugate(tensor.is_conj()),
+      negative(tensor.is_neg()) {
+  dims.reserve(2 * rank);
+  dims.append(tensor.sizes().begin(), tensor.sizes().end());
+  dims.append(tensor.strides().begin(), tensor.strides().end());
+}
+
+bool Geometry::matches(const c10::TensorImpl& tensor) const {
+  const auto sizes = tensor.sizes();
+  if (sizes.size() != rank || tensor.storage_offset() != offset ||
+      tensor.dtype().toScalarType() != dtype) {
+    return false;
+  }
+  const auto strides = tensor.strides();
+  const int64_t* recorded = dims.data();
+  for (uint32_t k = 0; k < rank; ++k) {
+    if (recorded[k] != sizes[k] || recorded[rank + k] != strides[k]) return false;
+  }
+  const auto keys = tensor.key_set();
+  return keys.has(c10::DispatchKey::Conjugate) == conjugate &&
+         keys.has(c10::DispatchKey::Negative) == negative;
+}
+
+bool Geometry::operator==(const Geometry& other) const {
+  return rank == other.rank && dims == other.dims && offset == other.offset &&
+         dtype == other.dtype && conjugate == other.conjugate && negative == other.negative;
+}
+
+size_t Geometry::nbytes() const {
+  int64_t last = offset;
+  for (uint32_t k = 0; k < rank; ++k) {
+    if (dims[k] == 0) return 0;
+    last += (dims[k] - 1) * dims[rank + k];
+  }
+  return static_cast<size_t>(last + 1) * c10::elementSize(dtype);
+}
+
+namespace {
+
+bool same_bits(double a, double b) {
+  return std::bit_cast<uint64_t>(a) == std::bit_cast<uint64_t>(b);
+}
+
+/// Compares constants of the kinds that `Arg::kConstant` holds. Only tensors of
+/// no dimension are among them, compared by bytes.
+bool same_constant(const c10::IValue& a, const c10::IValue& b) {
+  if (a.isTensor()) {
+    if (!b.isTensor()) return false;
+    const at::Tensor &x = a.toTensor(), &y = b.toTensor();
+    return x.dtype() == y.dtype() &&
+           x.unsafeGetTensorImpl()->is_wrapped_number() ==
+               y.unsafeGetTensorImpl()->is_wrapped_number() &&
+           std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.itemsize()) == 0;
+  }
+  if (a.isDouble()) return b.isDouble() && same_bits(a.toDouble(), b.toDouble());
+  if (a.isDoubleList()) {
+    if (!b.isDoubleList()) return false;
+    const auto x = a.toDoubleVector(), y = b.toDoubleVector();
+    return x.size() == y.size() &&
+           (x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(double)) == 0);
+  }
+  if (a.isList()) {
+    if (!b.isList()) return false;
+    const auto x = a.toListRef(), y = b.toListRef();
+    if (x.size() != y.size()) return false;
+    for (size_t k = 0; k < x.size(); ++k) {
+      if (!same_constant(x[k], y[k])) return false;
+    }
+    return true;
+  }
+  if (a.tagKind() != b.tagKind()) return false;
+  return a == b;
+}
+
+}  // namespace
+
+bool Arg::same(const Arg& other, bool floats_may_differ) const {
+  if (kind != other.kind) return false;
+  switch (kind) {
+    case Kind::kNone:
+    case Kind::kUndefined:
+      return true;
+    case Kind::kTensor:
+      return slot == other.slot && first_use == other.first_use &&
+             geometry() == other.geometry();
+    case Kind::kInt:
+      return i == other.i;
+    case Kind::kBool:
+      return b == other.b;
+    case Kind::kDouble:
+      return dynamic || other.dynamic || floats_may_differ || same_bits(d, other.d);
+    case Kind::kNumber: {
+      const at::Tensor &x = constant().toTensor(), &y = other.constant().toTensor();
+      if (x.scalar_type() == c10::kDouble && y.scalar_type() == c10::kDouble &&
+          x.unsafeGetTensorImpl()->is_wrapped_number() ==
+              y.unsafeGetTensorImpl()->is_wrapped_number() &&
+          (dynamic || other.dynamic || floats_may_differ)) {
+        return true;
+      }
+      return same_constant(constant(), other.constant());
+    }
+    case Kind::kList: {
+      if (list().size() != other.list().size()) return false;
+      for (size_t k = 0; k < list().size(); ++k) {
+        if (!list()[k].same(other.list()[k], floats_may_differ)) return false;
+      }
+      return true;
+    }
+    case Kind::kIntList:
+      return ints() == other.ints();
+    case Kind::kDevice:
+    case Kind::kConstant:
+      return same_constant(constant(), other.constant());
+    case Kind::kOpaque:
+      return false;
+  }
+  return false;
+}
+
+bool Result::same(const Result& other) const {
+  if (kind != other.kind || slot != other.slot || arg != other.arg || nbytes != other.nbytes) {
+    return false;
+  }
+  if ((geometry == nullptr) != (other.geometry == nullptr)) return false;
+  if (geometry && !(*geometry == *other.geometry)) return false;
+  if (kind == Kind::kConstant) return same_constant(constant, other.constant);
+  if (kind == Kind::kList) {
+    if (list->size() != other.list->size()) return false;
+    for (size_t k = 0; k < list->size(); ++k) {
+      if (!(*list)[k].same((*other.list)[k])) return false;
+    }
+  }
+  return true;
+}
+
+bool Step::same(const Step& other, bool floats_may_differ) const {
+  if (op != other.op || args.size() != other.args.size() ||
+      results.size() != other.results.size() || first_slot != other.first_slot ||
+      slot_count != other.slot_count || device_index != other.device_index) {
+    return false;
+  }
+  for (size_t k = 0; k < args.size(); ++k) {
+    if (!args[k].same(other.args[k], floats_may_differ)) return false;
+  }
+  for (size_t k = 0; k < results.size(); ++k) {
+    if (!results[k].same(other.results[k])) return false;
+  }
+  return true;
+}
+
+}  // namespace reprise

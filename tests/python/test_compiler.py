@@ -1,0 +1,422 @@
+"""The compiler on its own: traces recorded in Python, compiled, loaded, and
+compared with what the recorded function does eagerly.
+
+    PYTHONPATH=compiler_bridge/python:tests/python python -m unittest test_compiler
+
+All tests share one process and one toolchain (REPRISE_TEST_CACHE names a folder
+that keeps it), since a compile is seconds and an import more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import unittest
+
+import reprise_compiler
+import torch
+import torch._inductor
+from reprise_compiler.trace_to_fx import TraceError
+from trace_recorder import record
+
+aten = torch.ops.aten
+
+
+def setUpModule() -> None:
+    reprise_compiler.initialize(os.environ.get("REPRISE_TEST_CACHE"))
+
+
+class CompilerTest(unittest.TestCase):
+    def setUp(self) -> None:
+        torch.manual_seed(0)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def load(self, trace_json: str):
+        path = os.path.join(self.folder, "program.pt2")
+        reprise_compiler.compile(trace_json, path)
+        return torch._inductor.aoti_load_package(path)
+
+    def check(self, function, inputs, scalars=(), other_scalars=(), tolerance=None):
+        """Compares outputs and mutated inputs with eager, on fresh values.
+
+        `function` takes tensors, then scalars. It is recorded with `scalars` and
+        must hold for `other_scalars` as well.
+        """
+        exact = {"rtol": 0, "atol": 0} if tolerance == 0 else {}
+        recording = record(lambda *t: function(*t, *scalars), _copies(inputs), scalars)
+        program = self.load(recording.json)
+        self.assertEqual(len(recording.inputs), len(inputs) + len(scalars))
+        for numbers in {tuple(scalars), tuple(other_scalars or scalars)}:
+            expected_inputs, actual_inputs = _copies(inputs), _copies(inputs)
+            expected = function(*expected_inputs, *numbers)
+            if isinstance(expected, torch.Tensor):
+                expected = [expected]
+            actual = program(*actual_inputs, *(torch.tensor(n, dtype=torch.float64) for n in numbers))
+            actual = [actual] if isinstance(actual, torch.Tensor) else list(actual or ())
+            self.assertEqual(len(actual), len(expected or ()))
+            for a, e in zip(actual, expected or ()):
+                self.assertEqual(a.dtype, e.dtype)
+                torch.testing.assert_close(a, e, **exact)
+            for a, e in zip(actual_inputs, expected_inputs):
+                torch.testing.assert_close(a, e, **exact)
+            # Each output owns its storage.
+            storages = [t.untyped_storage().data_ptr() for t in [*actual, *actual_inputs] if t.numel()]
+            self.assertEqual(len(set(storages)), len(storages))
+        return recording
+
+
+def _copies(tensors):
+    """Same values, strides and offsets, storages of their own."""
+    copies = []
+    for t in tensors:
+        storage = torch.empty(t.storage_offset() + t.untyped_storage().nbytes() // t.element_size(),
+                              dtype=t.dtype)
+        copy = storage.as_strided(t.shape, t.stride(), t.storage_offset())
+        whole = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+        storage[: whole.numel()].copy_(whole)
+        copies.append(copy)
+    return copies
+
+
+class InPlaceOps(CompilerTest):
+    def test_inputs_are_written_in_place(self):
+        def f(x, y):
+            x.mul_(y).add_(1.0)
+            y.zero_()
+
+        self.check(f, [torch.randn(3, 5), torch.randn(3, 5)])
+
+    def test_writes_through_a_view_reach_the_base(self):
+        def f(x):
+            y = x * 2
+            y[1].fill_(7.0)
+            y.t()[2].add_(y[0, 0])
+            y.view(-1)[3:6].mul_(-1)
+            return y
+
+        self.check(f, [torch.randn(4, 4)])
+
+    def test_writes_through_a_view_of_an_input(self):
+        def f(x):
+            x.select(0, 1).copy_(x.select(0, 0))
+            x.transpose(0, 1)[1:3].sub_(0.5)
+
+        self.check(f, [torch.randn(4, 6)])
+
+    def test_an_output_has_the_final_contents_of_its_storage(self):
+        def f(x):
+            y = torch.relu(x)
+            z = y + 1
+            y.add_(z)
+            y.mul_(z)
+            return y, z
+
+        self.check(f, [torch.randn(8)])
+
+    def test_out_variants(self):
+        def f(x, y):
+            aten.add.out(x, y, alpha=2, out=y)
+
+        self.check(f, [torch.randn(6), torch.randn(6)])
+
+
+class Outputs(CompilerTest):
+    def test_a_clone_of_an_input_does_not_alias_it(self):
+        self.check(lambda x: x.clone(), [torch.randn(5)])
+
+    def test_equal_outputs_do_not_alias_each_other(self):
+        def f(x):
+            a = x + 1
+            b = x + 1
+            return a, b, a.clone(), torch.zeros(3), torch.zeros(3)
+
+        self.check(f, [torch.randn(5)])
+
+    def test_no_output_and_no_input(self):
+        self.check(lambda x: [], [torch.randn(2)])
+        self.check(lambda: torch.arange(4).to(torch.float32), [])
+
+    def test_zero_dimensional_and_empty(self):
+        self.check(lambda x, y: (x.sum(), x.max() + y, x[:0].clone()), [torch.randn(5), torch.tensor(2.0)])
+
+    def test_strides_are_those_of_eager(self):
+        x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+        recording = record(lambda x: torch.relu(x), [x])
+        (out,) = self.load(recording.json)(x)
+        self.assertEqual(out.stride(), torch.relu(x).stride())
+
+
+class Arguments(CompilerTest):
+    def test_lists_of_tensors_in_and_out(self):
+        def f(x, y):
+            a, b = torch.cat([x, y, x]).split([3, 6])
+            c = torch.stack(b.unbind(0)[:2])
+            return a * 2, c
+
+        self.check(f, [torch.randn(3, 4), torch.randn(3, 4)])
+
+    def test_optional_tensors_in_lists(self):
+        def f(x, i):
+            y = x[:, i]
+            x.index_put_([None, i], y * 2, accumulate=False)
+            return y.clone()
+
+        self.check(f, [torch.randn(3, 6), torch.tensor([0, 2, 5])])
+
+    def test_dtype_device_layout_and_memory_format(self):
+        def f(x):
+            y = aten._to_copy(x, dtype=torch.float64, memory_format=torch.contiguous_format)
+            z = torch.ones([2, 3], dtype=torch.int32, device="cpu", layout=torch.strided)
+            return y, z, torch.full_like(x, 3, dtype=torch.bool), x.sum(dtype=torch.float64)
+
+        self.check(f, [torch.randn(4, 3)])
+
+    def test_floats_keep_every_bit_and_may_be_infinite(self):
+        def f(x):
+            return x * 0.1, torch.full((3,), float("inf")), x.masked_fill(x > 0, float("-inf")), x * float("nan")
+
+        self.check(f, [torch.randn(6, dtype=torch.float64)], tolerance=None)
+
+    def test_strings(self):
+        self.check(lambda x: aten.gelu(x, approximate="tanh"), [torch.randn(9)])
+
+    def test_bool_and_integer_tensors(self):
+        def f(x, i):
+            m = x > 0
+            return m & ~(x > 1), i // 2, i % 3, torch.where(m, i, -i), i.sum(), (i + x)
+
+        self.check(f, [torch.randn(7), torch.arange(7)])
+
+    def test_complex_ops_run_as_fallbacks(self):
+        def f(x):
+            y = torch.fft.rfft(x)
+            return torch.view_as_real(y * (1 + 2j)).clone(), torch.fft.irfft(y)
+
+        self.check(f, [torch.randn(4, 8)])
+
+
+class Inputs(CompilerTest):
+    def test_strided_and_offset(self):
+        base = torch.randn(40)
+        self.check(lambda x: (x.t() @ x, x + 1), [base.as_strided((3, 4), (10, 2), 3)])
+
+    def test_offset_inputs_are_written_in_place(self):
+        def f(x):
+            x.add_(1)
+            x.as_strided((2,), (1,), 5).mul_(3)
+
+        self.check(f, [torch.randn(40).as_strided((3, 4), (8, 1), 4)])
+
+    def test_unused_inputs_keep_their_place(self):
+        self.check(lambda x, y, z: x - z, [torch.randn(3), torch.randn(2, 2), torch.randn(3)])
+
+    def test_one_storage_through_several_views(self):
+        def f(flat):
+            w, b = flat[:12].view(3, 4), flat[12:].view(4)
+            w.sub_(b)
+            return w @ w.t()
+
+        self.check(f, [torch.randn(16)])
+
+    def test_half_precision(self):
+        def f(x, w):
+            return torch.nn.functional.gelu(x @ w).sum(0)
+
+        self.check(f, [torch.randn(4, 8, dtype=torch.bfloat16), torch.randn(8, 8, dtype=torch.bfloat16)])
+
+
+class DynamicScalars(CompilerTest):
+    def test_scalar_arguments_follow_the_input(self):
+        def f(p, m, v, s, e):
+            d = v.sqrt().div_(e).add_(1e-8)
+            p.addcdiv_(m, d, value=s)
+            p.mul_(s)
+            return p * e, p.add(m, alpha=s)
+
+        tensors = [torch.rand(8) + 0.5 for _ in range(3)]
+        self.check(f, tensors, scalars=(-0.01234, 0.3), other_scalars=(0.71, 1.7), tolerance=0)
+
+    def test_they_keep_double_precision(self):
+        def f(x, s):
+            return x * s + s
+
+        x = torch.rand(64, dtype=torch.float64)
+        self.check(f, [x], scalars=(0.1,), other_scalars=(1.0 / 3.0,), tolerance=0)
+
+    def test_one_value_of_a_scalar_is_not_special(self):
+        def f(x, s):
+            return x.clamp(min=s), x.leaky_relu_() if False else torch.nn.functional.leaky_relu(x, s), x**s, x.fill_(s)
+
+        self.check(f, [torch.rand(16) + 0.1], scalars=(0.25,), other_scalars=(0.0,))
+        self.check(f, [torch.rand(16) + 0.1], scalars=(0.25,), other_scalars=(-1.0,))
+
+
+class MultipleResults(CompilerTest):
+    def test_layer_norm_and_max_along_a_dimension(self):
+        def f(x, w, b):
+            y, mean, rstd = aten.native_layer_norm(x, [6], w, b, 1e-5)
+            values, indices = y.max(1)
+            return y, mean, rstd, values, indices
+
+        self.check(f, [torch.randn(5, 6), torch.randn(6), torch.randn(6)])
+
+    def test_batch_norm_updates_its_running_statistics(self):
+        def f(x, w, b, mean, var):
+            y, save_mean, save_rstd = aten.native_batch_norm(x, w, b, mean, var, True, 0.1, 1e-5)
+            return y, save_mean, save_rstd
+
+        c = torch.rand(4) + 0.5
+        self.check(f, [torch.randn(8, 4, 5, 5), c, c, c.clone(), c.clone()])
+
+
+class Training(CompilerTest):
+    def check_training(self, model, *inputs, loss):
+        parameters = list(model.parameters())
+        state = [torch.zeros_like(p) for p in parameters]
+
+        def step(*tensors, lr):
+            value = loss(model(tensors[0]), *tensors[1:])
+            grads = torch.autograd.grad(value, parameters)
+            with torch.no_grad():
+                for p, g, m in zip(parameters, grads, state):
+                    m.mul_(0.9).add_(g)
+                    p.add_(m, alpha=lr)
+            return value.detach()
+
+        recording = record(lambda *t: step(*t, lr=-0.01), list(inputs), scalars=(-0.01,))
+        program = self.load(recording.json)
+        tensors = [t.detach() for t in recording.inputs]
+        for rate in (-0.01, -0.003):
+            saved = [t.clone() for t in tensors]
+            tensors[len(inputs)].fill_(rate)
+            (actual,) = program(*tensors)
+            after = [t.clone() for t in tensors]
+            for t, s in zip(tensors, saved):
+                t.copy_(s)
+            expected = step(*inputs, lr=rate)
+            tensors[len(inputs)].fill_(rate)
+            torch.testing.assert_close(actual, expected)
+            for a, t in zip(after, tensors):
+                torch.testing.assert_close(a, t)
+
+    def test_transformer_block(self):
+        torch.manual_seed(0)
+
+        class Block(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = torch.nn.Embedding(11, 16)
+                self.norm = torch.nn.LayerNorm(16)
+                self.qkv = torch.nn.Linear(16, 48)
+                self.out = torch.nn.Linear(16, 11)
+
+            def forward(self, tokens):
+                x = self.embed(tokens)
+                q, k, v = self.qkv(self.norm(x)).view(2, 6, 3, 4, 4).permute(2, 0, 3, 1, 4)
+                a = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+                return self.out(torch.nn.functional.gelu(x + a.transpose(1, 2).reshape(2, 6, 16)))
+
+        self.check_training(
+            Block(), torch.randint(0, 11, (2, 6)), torch.randint(0, 11, (2, 6)),
+            loss=lambda y, t: torch.nn.functional.cross_entropy(y.flatten(0, 1), t.flatten()),
+        )
+
+    def test_convolutional_net(self):
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+            torch.nn.MaxPool2d(2), torch.nn.Conv2d(8, 8, 3, groups=2), torch.nn.Flatten(),
+            torch.nn.Linear(72, 5),
+        )  # fmt: skip
+        self.check_training(
+            model, torch.randn(4, 3, 10, 10), torch.randn(4, 5),
+            loss=lambda y, t: torch.nn.functional.mse_loss(y, t),
+        )
+
+
+class Threads(CompilerTest):
+    def test_the_thread_count_of_the_call_is_used(self):
+        def f(x):
+            return (x * 2).relu(), x.sum(), x.softmax(-1)
+
+        x = torch.randn(64, 4096)
+        before = torch.get_num_threads()
+        try:
+            for compiled_with, run_with in ((1, 3), (2, 1)):
+                torch.set_num_threads(compiled_with)
+                program = self.load(record(f, [x]).json)
+                torch.set_num_threads(run_with)
+                for a, e in zip(program(x), f(x)):
+                    torch.testing.assert_close(a, e)
+        finally:
+            torch.set_num_threads(before)
+
+
+class TheHostProgram(CompilerTest):
+    def test_its_random_generator_and_backends_are_left_alone(self):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        seen = []
+        stock_flags, stock_state = torch.backends.mkldnn.set_flags, torch.set_rng_state
+        torch.backends.mkldnn.set_flags = lambda *a: seen.append("mkldnn") or stock_flags(*a)
+        torch.set_rng_state = torch.random.set_rng_state = lambda *a: seen.append("rng")
+        try:
+            self.check(lambda x: x + 1, [torch.ones(3)])
+        finally:
+            torch.backends.mkldnn.set_flags = stock_flags
+            torch.set_rng_state = torch.random.set_rng_state = stock_state
+        self.assertEqual(seen, [])
+        self.assertTrue(torch.equal(before, torch.get_rng_state()))
+
+    def test_torch_is_as_before_after_a_compile(self):
+        from torch._dynamo.utils import preserve_rng_state
+        from torch._inductor import config, cpu_vec_isa
+
+        check_build = cpu_vec_isa.VecISA.check_build
+        self.load(record(lambda x: x + 2, [torch.ones(3)]).json)
+        self.assertIs(cpu_vec_isa.VecISA.check_build, check_build)
+        self.assertIs(torch._functorch.aot_autograd.preserve_rng_state, preserve_rng_state)
+        self.assertFalse(config.cpp.dynamic_threads)
+
+
+class Failures(CompilerTest):
+    def fails(self, trace, message):
+        path = os.path.join(self.folder, "failed.pt2")
+        with self.assertRaisesRegex(TraceError, message):
+            reprise_compiler.compile(trace if isinstance(trace, str) else json.dumps(trace), path)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def trace(self, **changes):
+        recording = record(lambda x: x + 1, [torch.ones(2)])
+        return {**recording.trace, **changes}
+
+    def test_no_json(self):
+        self.fails("{", "not JSON")
+
+    def test_another_format(self):
+        self.fails(self.trace(format=99), "format 99")
+
+    def test_an_unknown_op(self):
+        step = {"op": "nowhere::nothing", "overload": "", "args": [], "results": []}
+        self.fails(self.trace(steps=[step]), "step 0, nowhere::nothing: .* not registered")
+
+    def test_a_value_before_it_is_made(self):
+        self.fails(self.trace(outputs=[77]), "value 77 is used before")
+
+    def test_the_wrong_number_of_arguments(self):
+        step = {"op": "aten::relu", "overload": "", "args": [], "results": [{"value": 1}]}
+        self.fails(self.trace(steps=[step]), "0 arguments for a schema of 1")
+
+    def test_an_op_that_torch_refuses_says_why_and_leaves_no_file(self):
+        trace = record(lambda x, y: x @ y, [torch.ones(2, 3), torch.ones(3, 2)]).trace
+        trace["inputs"][1]["sizes"] = [5, 2]
+        path = os.path.join(self.folder, "failed.pt2")
+        with self.assertRaisesRegex(Exception, "mat1|shapes|size"):
+            reprise_compiler.compile(json.dumps(trace), path)
+        self.assertEqual(os.listdir(self.folder), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
