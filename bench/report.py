@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -317,9 +318,17 @@ def main():
     parser.add_argument("--bin", type=pathlib.Path, required=True, help="where the benchmarks are")
     parser.add_argument("--threads", type=int, default=1, help="threads that an op may use")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on timing a row")
+    parser.add_argument(
+        "--artifacts", type=pathlib.Path,
+        help="a folder of compiled programs to begin with; without it every program is compiled")
     arguments = parser.parse_args()
 
+    artifacts = arguments.artifacts
+    if artifacts is None:
+        artifacts = arguments.folder / "artifacts"
+        shutil.rmtree(artifacts, ignore_errors=True)
     environment = dict(os.environ)
+    environment["REPRISE_CACHE_DIR"] = str(artifacts.absolute())
     environment["REPRISE_BENCH_THREADS"] = str(arguments.threads)
     environment["REPRISE_BENCH_SECONDS"] = str(arguments.seconds)
     try:

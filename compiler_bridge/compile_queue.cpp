@@ -59,7 +59,8 @@ std::string json_string(const std::string& text) {
 void lower_priority() {
   // Python, and the compilers that it starts, must not take a core from the
   // program. Linux gives each thread a nice value, which children inherit.
-  ::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), 19);
+  ::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)),
+                options().compile_niceness);
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) {

@@ -53,11 +53,9 @@ at::Tensor empty_like_record(const Geometry& geometry, size_t nbytes, c10::Devic
 }
 
 /// The numbers that a random step makes, in a tensor of its own.
-at::Tensor make_random(const Step& step, const Segment& segment) {
+at::Tensor make_random(const Step& step) {
   const c10::Device device = backing_device_of(step.device_index);
   torch::jit::Stack stack;
-  const double* unused = nullptr;
-  (void)unused;
   for (const Arg& arg : step.args) {
     switch (arg.kind) {
       case Arg::Kind::kTensor:
@@ -73,19 +71,17 @@ at::Tensor make_random(const Step& step, const Segment& segment) {
       default: TORCH_INTERNAL_ASSERT(false, "reprise: argument of a random op");
     }
   }
-  (void)segment;
   step.op.callBoxed(stack);
   return stack.front().toTensor();
 }
 
-/// The tensors that stand for a thread's dynamic scalars, reused by every launch.
-at::Tensor scalar_input(size_t k, double value) {
-  thread_local std::vector<at::Tensor> tensors;
+/// Dynamic scalar `k` as a program takes it.
+at::Tensor scalar_input(Segment& segment, size_t k) {
+  auto& tensors = segment.scalar_tensors;
   while (tensors.size() <= k) {
-    c10::InferenceMode normal_tensors(false);
     tensors.push_back(at::empty_strided({}, {}, at::TensorOptions().dtype(c10::kDouble)));
   }
-  *static_cast<double*>(tensors[k].mutable_data_ptr()) = value;
+  *static_cast<double*>(tensors[k].mutable_data_ptr()) = segment.scalars[k];
   return tensors[k];
 }
 
@@ -124,11 +120,11 @@ void run_program(Program& program, Segment& segment, bool first) {
         inputs.push_back(backing_tensor(segment.at(input.index)->backing(), input.geometry));
         break;
       case ProgramInput::Kind::kScalar:
-        inputs.push_back(scalar_input(input.index, segment.scalars[input.index]));
+        inputs.push_back(scalar_input(segment, input.index));
         break;
       case ProgramInput::Kind::kRandom: {
         const Step& step = *program.steps[input.index];
-        inputs.push_back(make_random(step, segment));
+        inputs.push_back(make_random(step));
         if (step.randomness == Randomness::kCreates) {
           random.emplace_back(step.results[0].slot, inputs.back().storage());
         }
@@ -175,16 +171,16 @@ void request_program(SegmentEnd& end, const Segment& segment) {
   program->name = end.name;
   program->steps = end.steps;
   program->live = live_slots(segment);
-  if (end.program && end.program->state != Program::State::kFailed) {
-    // Other tensors are alive than were before: one program serves both.
+  if (end.program != nullptr) {
+    // Other tensors are alive than were before: one program serves both. The
+    // one there is goes on serving until then.
     std::vector<uint32_t> both;
     std::set_union(program->live.begin(), program->live.end(), end.program->live.begin(),
                    end.program->live.end(), std::back_inserter(both));
     program->live = std::move(both);
   }
   for (const StepPtr& step : end.steps) program->device_index = step->device_index;
-  end.program = program;
-  end.program_time.clear();
+  (end.program == nullptr ? end.program : end.wider) = program;
   metrics().programs_requested.add(1);
   CompileQueue::get().push(std::move(program));
 }
@@ -214,6 +210,8 @@ SegmentEnd& end_of(Node& node) {
     node.end = std::make_unique<SegmentEnd>();
     static std::atomic<uint64_t> next{1};
     node.end->name = c10::str("segment-", next.fetch_add(1));
+    node.end->replay_range = "reprise::replay " + node.end->name;
+    node.end->interpret_range = "reprise::interpret " + node.end->name;
   }
   return *node.end;
 }
@@ -226,6 +224,14 @@ void launch(Node& node, Segment& segment) {
   c10::InferenceMode normal_tensors(false);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
 
+  if (end.wider != nullptr && end.wider->state != Program::State::kQueued) {
+    if (end.wider->state == Program::State::kReady) {
+      end.program = end.wider;
+      end.program_time.clear();
+      end.replayed_now = 0;
+    }
+    end.wider = nullptr;
+  }
   Program* program = end.program.get();
   const bool timing = options().demote_slow_programs;
   if (program != nullptr && program->state == Program::State::kReady &&
@@ -234,18 +240,19 @@ void launch(Node& node, Segment& segment) {
     // enough timings to tell which is faster.
     const bool undecided =
         timing && !(end.program_time.enough() && end.interpreter_time.enough());
-    const bool interpreters_turn = undecided && end.replayed >= 2 &&
-                                   !end.interpreter_time.enough() && (end.replayed % 2) == 0 &&
+    const bool interpreters_turn = undecided && end.replayed_now >= 2 &&
+                                   !end.interpreter_time.enough() &&
                                    end.interpreter_time.count() < end.program_time.count();
     if (!interpreters_turn) {
-      RECORD_FUNCTION("reprise::replay", std::vector<c10::IValue>());
+      RECORD_FUNCTION(end.replay_range, std::vector<c10::IValue>());
       const auto start = undecided ? Clock::now() : Clock::time_point();
       try {
-        run_program(*program, segment, /*first=*/end.replayed == 0);
+        run_program(*program, segment, /*first=*/end.replayed_now == 0);
         ++end.replayed;
+        ++end.replayed_now;
         metrics().segments_replayed.add(1);
         if (undecided) {
-          if (end.replayed > 2) end.program_time.add(seconds_since(start));
+          if (end.replayed_now > 2) end.program_time.add(seconds_since(start));
           demote_if_slower(end);
         }
         return;
@@ -266,7 +273,7 @@ void launch(Node& node, Segment& segment) {
   }
 
   {
-    RECORD_FUNCTION("reprise::interpret", std::vector<c10::IValue>());
+    RECORD_FUNCTION(end.interpret_range, std::vector<c10::IValue>());
     const auto start = Clock::now();
     interpret(end.steps, segment);
     ++end.interpreted;
@@ -276,7 +283,8 @@ void launch(Node& node, Segment& segment) {
   }
   if (!options().compile || !worth_a_compile(end)) return;
   const bool none = end.program == nullptr;
-  const bool other_outputs = !none && end.program->state == Program::State::kReady &&
+  const bool other_outputs = !none && end.wider == nullptr &&
+                             end.program->state == Program::State::kReady &&
                              !covers(*end.program, segment);
   if (none || other_outputs) request_program(end, segment);
 }

@@ -34,6 +34,7 @@ class Timings {
 /// What is known of segments that end at one node of the trace tree.
 struct SegmentEnd {
   std::string name;
+  std::string replay_range, interpret_range;  ///< names in a profiler's trace
   std::string reason;  ///< why the last one ended here
   uint64_t recorded = 0;
   uint64_t interpreted = 0;
@@ -42,11 +43,16 @@ struct SegmentEnd {
   /// The path to the node; filled when it is first run.
   std::vector<StepPtr> steps;
   std::shared_ptr<Program> program;
+  /// The same for more outputs, being compiled.
+  std::shared_ptr<Program> wider;
+  uint64_t replayed_now = 0;  ///< by the present program
   Timings interpreter_time;
   Timings program_time;
 
   void drop_programs() {
-    program = nullptr;
+    program = wider = nullptr;
+    replayed_now = 0;
+    interpreter_time.clear();
     steps.clear();
     program_time.clear();
   }

@@ -24,6 +24,7 @@ Statistics statistics() {
   s.programs_compiled = m.programs_compiled.value();
   s.programs_loaded = m.programs_loaded.value();
   s.compile_failures = m.compile_failures.value();
+  s.program_failures = m.program_failures.value();
   s.programs_demoted = m.programs_demoted.value();
   return s;
 }
@@ -48,6 +49,7 @@ std::string metrics_report() {
   publish("reprise.ProgramsCompiled", s.programs_compiled);
   publish("reprise.ProgramsLoaded", s.programs_loaded);
   publish("reprise.CompileFailures", s.compile_failures);
+  publish("reprise.ProgramFailures", s.program_failures);
   publish("reprise.ProgramsDemoted", s.programs_demoted);
   return torch::lazy::CreateMetricReport();
 }

@@ -18,6 +18,7 @@ struct Exception {
   bool host_tensors = false;
   bool constant_floats = false;
   std::initializer_list<uint8_t> hidden_writes = {};
+  int dropout_argument = -1;
 };
 
 const std::unordered_map<std::string_view, Exception>& exceptions() {
@@ -91,10 +92,15 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
       {"aten::linspace", {.constant_floats = true}},
       {"aten::norm", {.constant_floats = true}},
       {"aten::linalg_vector_norm", {.constant_floats = true}},
-      {"aten::_scaled_dot_product_flash_attention_for_cpu", {.constant_floats = true}},
-      {"aten::_scaled_dot_product_flash_attention_for_cpu_backward", {.constant_floats = true}},
-      {"aten::_scaled_dot_product_flash_attention", {.constant_floats = true}},
-      {"aten::_scaled_dot_product_efficient_attention", {.constant_floats = true}},
+      // Fused attention, random only where its dropout is not zero.
+      {"aten::_scaled_dot_product_flash_attention_for_cpu",
+       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 3}},
+      {"aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 6}},
+      {"aten::_scaled_dot_product_flash_attention",
+       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 3}},
+      {"aten::_scaled_dot_product_efficient_attention",
+       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 5}},
   };
   return *table;
 }
@@ -156,6 +162,7 @@ OpPolicy policy_of(const c10::OperatorHandle& op) {
     policy.randomness = exception->randomness;
     policy.host_tensors = exception->host_tensors;
     policy.constant_floats = exception->constant_floats;
+    policy.dropout_argument = exception->dropout_argument;
     policy.writes.append(exception->hidden_writes.begin(), exception->hidden_writes.end());
     if (exception->kind) {
       policy.kind = *exception->kind;

@@ -39,6 +39,9 @@ struct OpPolicy {
   c10::SmallVector<uint8_t, 4> writes;
   /// For each return, the argument that it is again, or -1.
   c10::SmallVector<int8_t, 4> returns_argument;
+  /// The index of a dropout probability: the op is random where it is not 0, and
+  /// is then no step. -1: none.
+  int dropout_argument = -1;
   /// Counts the ops that a session has met.
   uint32_t number = 0;
   /// The index of a `Device` argument, or -1.

@@ -93,6 +93,7 @@ class Segment {
   void swap(Segment& other) {
     bindings_.swap(other.bindings_);
     scalars.swap(other.scalars);
+    scalar_tensors.swap(other.scalar_tensors);
     std::swap(epoch_, other.epoch_);
     std::swap(session_id_, other.session_id_);
     std::swap(session_, other.session_);
@@ -103,6 +104,9 @@ class Segment {
   void clear();
 
   ScalarValues scalars;
+  /// 0-dim float64 CPU tensors by which programs are given the scalars; kept from
+  /// launch to launch.
+  std::vector<at::Tensor> scalar_tensors;
 
  private:
   struct Binding {

@@ -3,6 +3,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/InferenceMode.h>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <mutex>
 
@@ -62,7 +65,8 @@ c10::DeviceIndex device_index_of(c10::ArrayRef<c10::IValue> values, const OpPoli
 bool is_traced(const OpPolicy& how, c10::ArrayRef<c10::IValue> arguments) {
   switch (how.kind) {
     case OpPolicy::Kind::kTrace:
-      return true;
+      return how.dropout_argument < 0 ||
+             arguments[static_cast<size_t>(how.dropout_argument)].toDouble() == 0;
     case OpPolicy::Kind::kCopy: {
       const at::Tensor &to = arguments[0].toTensor(), &from = arguments[1].toTensor();
       return is_lazy(to) && is_lazy(from) && to.device() == from.device();
@@ -108,7 +112,12 @@ Session& Session::attach() {
 
 void Session::detach(Session* session) {
   try {
-    session->mark_step("the thread ended");
+    if (::getpid() == static_cast<pid_t>(::syscall(SYS_gettid))) {
+      // The process is ending, and objects that an op needs may be gone already.
+      session->discard();
+    } else {
+      session->mark_step("the thread ended");
+    }
   } catch (const std::exception& error) {
     TORCH_WARN("reprise: a pending step failed when its thread ended: ", error.what());
   }
@@ -239,9 +248,14 @@ void Session::detach_from_segment(LazyStorage* storage, bool to_write, const cha
 
 void Session::discard() {
   const std::lock_guard<SessionLock> guard(lock_);
+  metrics().ops_verified.add(std::exchange(ops_verified_, 0));
   closed_.clear();
   closed_node_ = nullptr;
-  begin_segment();
+  if (cursor_ == nullptr) {
+    end_segment("it was recorded only");  // which has run
+  } else {
+    begin_segment();
+  }
 }
 
 void Session::forget() {

@@ -22,6 +22,7 @@ struct Statistics {
   uint64_t programs_compiled = 0;
   uint64_t programs_loaded = 0;       ///< taken from the artifact store
   uint64_t compile_failures = 0;
+  uint64_t program_failures = 0;      ///< programs that threw, or returned what was not recorded
   uint64_t programs_demoted = 0;      ///< measured slower than the interpreter
 };
 REPRISE_API Statistics statistics();

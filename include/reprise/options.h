@@ -27,6 +27,10 @@ struct Options {
   /// repetitions taken together, are at least this many. `REPRISE_COMPILE_AFTER`.
   int64_t compile_after_ops = 64;
 
+  /// The nice value of the compiling thread and of the compilers that it starts,
+  /// 0 to 19: at 19 they take what the program leaves. `REPRISE_COMPILE_NICE`.
+  int compile_niceness = 19;
+
   /// Where compiled packages are kept. Empty: `$XDG_CACHE_HOME/reprise` or
   /// `~/.cache/reprise`. `REPRISE_CACHE_DIR`.
   std::string cache_dir;

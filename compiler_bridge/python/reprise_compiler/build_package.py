@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -93,7 +94,7 @@ class PackageBuilder:
         # of the archive's root folder.
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
             partial = Path(folder) / target.name
-            package_aoti(str(partial), [f for f in files if not _is_source(f)])
+            package_aoti(str(partial), files)
             os.replace(partial, target)
 
     @contextlib.contextmanager
@@ -111,6 +112,7 @@ class PackageBuilder:
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
+            _quiet_logs(),
             torch_patches.applied(self._toolchain),
             torch._inductor.config.patch(inductor_options()),
         ):
@@ -118,9 +120,24 @@ class PackageBuilder:
             yield
 
 
-def _is_source(file: Any) -> bool:
-    """The C++ that a program was built from: no loader reads it."""
-    return isinstance(file, str) and file.endswith(".cpp")
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Keeps torch's log lines off the host's stderr: what matters in them comes
+    back as the error, and the host logs that once.
+    """
+    loggers = [
+        logger
+        for name, logger in logging.root.manager.loggerDict.items()
+        if name.startswith("torch") and getattr(logger, "handlers", None)
+    ]
+    stock = [logger.handlers for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [logging.NullHandler()]
+    try:
+        yield
+    finally:
+        for logger, handlers in zip(loggers, stock):
+            logger.handlers = handlers
 
 
 class _Clock:

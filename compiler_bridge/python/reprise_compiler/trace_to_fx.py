@@ -49,17 +49,31 @@ def read_trace(trace_json: str) -> TraceProgram:
 
 
 def example_input(spec: dict[str, Any], device: torch.device) -> torch.Tensor:
-    """A tensor with the recorded geometry. Its values never matter, and it is
-    never drawn from a random generator: that one belongs to the host program.
+    """A tensor with the recorded sizes and strides. Its values never matter, and
+    it is never drawn from a random generator: that one belongs to the host.
+
+    Its storage offset is 0, whatever the recorded one: a package only gets the
+    address of the first element, and Inductor takes that for the storage's
+    beginning (torch 2.11.0). `_GraphBuilder` sets what names an offset right.
     """
     if spec["kind"] == "scalar":
         # Not 0 or 1, so that nothing is folded that holds for those alone.
         return torch.tensor(0.5, dtype=torch.float64)
     dtype = torch_constant(spec["dtype"], torch.dtype)
-    sizes, strides, offset = spec["sizes"], spec["strides"], spec["offset"]
-    span = 0 if 0 in sizes else 1 + sum((n - 1) * s for n, s in zip(sizes, strides))
-    storage = torch.zeros(offset + span, dtype=dtype, device=device)
-    return storage.as_strided(sizes, strides, offset)
+    sizes, strides = spec["sizes"], spec["strides"]
+    return torch.empty_strided(sizes, strides, dtype=dtype, device=device).zero_()
+
+
+def _is_dense(spec: dict[str, Any]) -> bool:
+    """Whether the elements fill one stretch of memory, each place once."""
+    expected = 1
+    for stride, size in sorted(zip(spec["strides"], spec["sizes"])):
+        if size == 0:
+            return True
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def torch_constant(name: str, kind: type) -> Any:
@@ -85,18 +99,39 @@ def parse_float(text: str) -> float:
     return float.fromhex(text)
 
 
+def _is_float(parameter: Any) -> bool:
+    return str(parameter.type) in ("float", "Optional[float]")
+
+
+_aten = torch.ops.aten
+_SUB_AS_ADD = {
+    _aten.sub.Tensor: _aten.add.Tensor,
+    _aten.sub_.Tensor: _aten.add_.Tensor,
+}
+
+_VIEWS_AS_ANOTHER_DTYPE = {
+    _aten.view.dtype,
+    _aten.view_as_real.default,
+    _aten.view_as_complex.default,
+}
+
+
 class _GraphBuilder:
     def __init__(self, trace: dict[str, Any]) -> None:
         self.trace = trace
         self.graph = Graph()
         self.values: dict[int, Node] = {}
         self.scalars: dict[int, Node] = {}
+        # Of each view: the input or result whose storage it shows.
+        self.bases: dict[Node, Node] = {}
+        self.inputs: dict[Node, dict[str, Any]] = {}
 
     def build(self) -> Graph:
         for k, spec in enumerate(self.trace["inputs"]):
             self.values[k] = self.graph.placeholder(f"input_{k}")
             if spec["kind"] not in ("tensor", "scalar"):
                 raise TraceError(f"input {k} has the unknown kind {spec['kind']!r}")
+            self.inputs[self.values[k]] = spec
         # Read before the first step, so that a scalar is the input's value
         # when the program was called, whatever the steps do.
         for k, spec in enumerate(self.trace["inputs"]):
@@ -124,11 +159,20 @@ class _GraphBuilder:
         keywords: dict[str, Any] = {}
         for parameter, argument in zip(schema.arguments, step["args"]):
             value = self.argument(argument)
+            if argument is not None and "scalar" in argument and _is_float(parameter):
+                # A number whose schema is `Scalar` becomes a symbol; one that
+                # is a C++ double in it has no symbolic form.
+                raise TraceError(f"`{parameter.name}` is a float and cannot be an input")
             if not parameter.kwarg_only:
                 positional.append(value)
             elif value is not None:
                 keywords[parameter.name] = value
+        op = self.without_symbolic_branches(op, keywords)
+        self.rebase_as_strided(schema, positional)
         node = self.graph.call_function(op, tuple(positional), keywords)
+        if any(r.alias_info for r in schema.returns) and op not in _VIEWS_AS_ANOTHER_DTYPE:
+            if positional and isinstance(positional[0], Node):
+                self.bases[node] = self.base(positional[0])
         results = step["results"]
         if len(results) != len(schema.returns):
             raise TraceError(
@@ -137,6 +181,43 @@ class _GraphBuilder:
         for k, result in enumerate(results):
             if result is not None:
                 self.bind(result, node if len(results) == 1 else self.item(node, k))
+
+    def without_symbolic_branches(self, op: Any, keywords: dict[str, Any]) -> Any:
+        """`sub` branches on whether alpha is 1 (torch 2.11.0, _refs.sub), which a
+        symbol cannot tell; `add` of the negative does not.
+        """
+        if op in _SUB_AS_ADD and isinstance(keywords.get("alpha"), Node):
+            keywords["alpha"] = self.graph.call_function(operator.neg, (keywords["alpha"],))
+            return _SUB_AS_ADD[op]
+        return op
+
+    def rebase_as_strided(self, schema: Any, positional: list[Any]) -> None:
+        """Applies `as_strided` and its kind, which count from the storage's
+        beginning, to the base of a view: functionalization refuses to write
+        through an `as_strided` of another view. Where the base is an input, they
+        then count from its first element (see `example_input`).
+        """
+        names = [p.name for p in schema.arguments[: len(positional)]]
+        if "storage_offset" not in names:
+            return
+        k = names.index("storage_offset")
+        if positional[k] is None:
+            return
+        base = positional[0] = self.base(positional[0])
+        if base not in self.inputs:
+            return
+        spec = self.inputs[base]
+        if positional[k] < spec["offset"] or not _is_dense(spec):
+            # A write makes a dense copy of the input, and what lies between its
+            # elements is lost to the views that follow.
+            raise TraceError(
+                "a view of another geometry over an input that is not its whole "
+                "storage; make the whole storage the input"
+            )
+        positional[k] -= spec["offset"]
+
+    def base(self, node: Node) -> Node:
+        return self.bases.get(node, node)
 
     def bind(self, result: dict[str, Any], node: Node) -> None:
         if "list" in result:
@@ -149,7 +230,10 @@ class _GraphBuilder:
             self.values[result["value"]] = node
 
     def item(self, node: Node, k: int) -> Node:
-        return self.graph.call_function(operator.getitem, (node, k))
+        item = self.graph.call_function(operator.getitem, (node, k))
+        if node in self.bases:
+            self.bases[item] = self.bases[node]
+        return item
 
     def value(self, number: int) -> Node:
         if number not in self.values:

@@ -1,0 +1,261 @@
+// Bad input: libtorch's own error, or one in its style, at the line where eager
+// raises it; and the program goes on with values as eager would have.
+#include <string>
+
+#include "reprise/reprise.h"
+#include "tests/three_ways.h"
+
+namespace reprise::test {
+namespace {
+
+using Errors = Lazy;
+
+/// What `function` throws; empty where it throws nothing.
+template <class Function>
+std::string message_of(const Function& function) {
+  try {
+    function();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+testing::AssertionResult holds(const std::string& text, const std::string& part) {
+  if (text.find(part) != std::string::npos) return testing::AssertionSuccess();
+  return testing::AssertionFailure() << "'" << part << "' is not in: " << text;
+}
+
+TEST_F(Errors, DataPtrOfALazyTensorSaysWhatToDo) {
+  const auto x = torch::ones({2, 3}).to(torch::kLazy);
+  for (int way = 0; way < 2; ++way) {
+    const auto y = x * 2;
+    for (const auto& tensor : {x, y}) {
+      EXPECT_TRUE(holds(message_of([&] { tensor.data_ptr(); }), ".cpu()"));
+      EXPECT_TRUE(holds(message_of([&] { tensor.data_ptr<float>(); }), ".cpu()"));
+      EXPECT_TRUE(holds(message_of([&] { tensor.const_data_ptr<float>(); }), ".cpu()"));
+      EXPECT_TRUE(holds(message_of([&] { tensor.mutable_data_ptr<float>(); }), ".cpu()"));
+      EXPECT_NE(message_of([&] { tensor.accessor<float, 2>(); }), "");
+    }
+    EXPECT_EQ(y.sum().item<float>(), 12.0f);
+    mark_step();
+  }
+}
+
+TEST_F(Errors, MixedDevicesAreNamed) {
+  const auto x = torch::ones({3}).to(torch::kLazy);
+  const auto host = torch::ones({3});
+  for (int way = 0; way < 3; ++way) {
+    const auto y = x + 1;
+    for (const auto& message :
+         {message_of([&] { (void)(y + host); }), message_of([&] { (void)(host * y); }),
+          message_of([&] { y.add_(host); }), message_of([&] { (void)torch::cat({y, host}); })}) {
+      EXPECT_TRUE(holds(message, "Expected all tensors to be on the same device"));
+      EXPECT_TRUE(holds(message, "lazy"));
+      EXPECT_TRUE(holds(message, "cpu"));
+    }
+    EXPECT_NE(message_of([&] { (void)torch::mm(host.view({1, 3}), y.view({3, 1})); }), "");
+    EXPECT_NE(message_of([&] { host.add_(y); }), "");
+    EXPECT_EQ((y * 2).sum().item<float>(), 12.0f);
+    mark_step();
+  }
+  EXPECT_TRUE(torch::equal(host, torch::ones({3})));
+}
+
+TEST_F(Errors, AScalarOfTheHostIsNoMixedDevice) {
+  expect_eager_three_ways({random(torch::kCPU, {3})}, [](Tensors& in) -> Tensors {
+    return {in[0] * torch::tensor(2.0f), in[0] + torch::tensor(3, torch::kLong),
+            torch::tensor(1.5) - in[0]};
+  });
+}
+
+TEST_F(Errors, AShapeErrorIsRaisedAtItsLineWithEagersWords) {
+  const auto step = [](torch::Device device, int k) {
+    const auto x = torch::ones({2, 3}).to(device), w = torch::ones({4, 5}).to(device);
+    const auto y = x * 2;
+    std::string message;
+    if (k % 2 == 0) message = message_of([&] { (void)torch::mm(y, w); });
+    const auto z = y + 1;
+    if (k % 3 == 0) message += message_of([&] { (void)(z + w); });
+    EXPECT_EQ(z.sum().item<float>(), 18.0f);
+    return message;
+  };
+  for (int k = 0; k < 8; ++k) {
+    const std::string lazy = step(torch::kLazy, k), eager = step(eager_device(), k);
+    const auto first_line = [](const std::string& text) { return text.substr(0, text.find('\n')); };
+    EXPECT_EQ(first_line(lazy), first_line(eager));
+    mark_step();
+  }
+}
+
+TEST_F(Errors, AShapeErrorInAModelLeavesItsValues) {
+  torch::nn::Sequential model(torch::nn::Linear(4, 3), torch::nn::ReLU(), torch::nn::Linear(3, 2));
+  torch::nn::Sequential eager(torch::nn::Linear(4, 3), torch::nn::ReLU(), torch::nn::Linear(3, 2));
+  {
+    torch::NoGradGuard no_grad;
+    for (size_t k = 0; k < 4; ++k) eager->parameters()[k].copy_(model->parameters()[k]);
+  }
+  model->to(torch::kLazy);
+  eager->to(eager_device());
+  for (int k = 0; k < 6; ++k) {
+    const auto x = torch::full({2, k == 3 ? 5 : 4}, 0.5f);
+    torch::Tensor lazy_out, eager_out;
+    const auto lazy = message_of([&] { lazy_out = model->forward(x.to(torch::kLazy)); });
+    const auto message = message_of([&] { eager_out = eager->forward(x.to(eager_device())); });
+    EXPECT_EQ(lazy.substr(0, lazy.find('\n')), message.substr(0, message.find('\n')));
+    EXPECT_EQ(lazy.empty(), k != 3);
+    if (k != 3) expect_same_bits(lazy_out.detach(), eager_out.detach());
+    mark_step();
+  }
+}
+
+TEST_F(Errors, AFailedInPlaceOpChangesNothing) {
+  const auto x = torch::ones({3}).to(torch::kLazy);
+  for (int k = 0; k < 4; ++k) {
+    x.add_(1);
+    EXPECT_NE(message_of([&] { x.add_(torch::ones({5}, torch::kLazy)); }), "");
+    EXPECT_NE(message_of([&] { x.resize_({-3}); }), "");
+    EXPECT_NE(message_of([&] { (void)x.view({7}); }), "");
+    EXPECT_NE(message_of([&] { (void)x.select(0, 9); }), "");
+    EXPECT_EQ(x.sum().item<float>(), 3.0f * static_cast<float>(k + 2));
+    mark_step();
+  }
+}
+
+TEST_F(Errors, ADtypeThatTheBackingDeviceCannotDo) {
+  const auto bits = torch::ones({3}, torch::kInt).to(torch::kLazy);
+  const auto flags = torch::ones({3}, torch::kBool).to(torch::kLazy);
+  for (int k = 0; k < 3; ++k) {
+    const auto y = bits + 1;
+    EXPECT_NE(message_of([&] { (void)(flags - flags); }), "");
+    EXPECT_NE(message_of([&] { y.div_(2); }), "");
+    EXPECT_NE(message_of([&] { (void)torch::linalg_inv(bits.view({3, 1})); }), "");
+    EXPECT_EQ(y.sum().item<int>(), 6);
+    mark_step();
+  }
+}
+
+TEST_F(Errors, AnOpThatTheBackingDeviceDoesNotHaveIsNamed) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "an op of CUDA's alone is used";
+  const auto x = torch::ones({2, 3}).to(torch::kLazy);
+  for (int k = 0; k < 3; ++k) {
+    const auto y = x * 2;
+    const auto message = message_of([&] { (void)torch::_cslt_compress(y); });
+    EXPECT_NE(message, "");
+    EXPECT_TRUE(holds(message, "_cslt_compress"));
+    EXPECT_EQ(y.sum().item<float>(), 12.0f);
+    mark_step();
+  }
+}
+
+TEST_F(Errors, SparseTensorsAreRefusedWithTheWayOut) {
+  const auto x = torch::eye(3).to(torch::kLazy);
+  const auto message = message_of([&] { (void)(x * 2).to_sparse(); });
+  EXPECT_TRUE(holds(message, "cpu"));
+  EXPECT_EQ((x * 2).sum().item<float>(), 6.0f);
+}
+
+TEST_F(Errors, AnIndexOutOfRangeIsRaisedAtItsLineWhileRecording) {
+  torch::nn::Embedding table(5, 2);
+  table->to(torch::kLazy);
+  const auto good = torch::tensor({0, 4}).to(torch::kLazy);
+  const auto bad = torch::tensor({0, 9}).to(torch::kLazy);
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "an assertion in a CUDA kernel ends the process";
+  EXPECT_NE(message_of([&] { (void)table->forward(bad); }), "");
+  EXPECT_EQ(table->forward(good).size(0), 2);
+}
+
+TEST_F(Errors, AnIndexOutOfRangeInAVerifiedStepIsRaisedWhenItRuns) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "an assertion in a CUDA kernel ends the process";
+  for (const bool compile : {false, true}) {
+    SCOPED_TRACE(compile);
+    begin_test(compile);
+    const auto table = torch::arange(10, torch::kLazy).to(torch::kFloat).view({5, 2});
+    const auto step = [&](const torch::Tensor& index) {
+      const auto rows = torch::embedding(table, index.to(torch::kLazy));
+      return rows * 2 + 1;
+    };
+    for (int k = 0; k < 3; ++k) {
+      EXPECT_EQ(step(torch::tensor({0, 4})).sum().item<float>(), 40.0f);
+      mark_step();
+      wait_for_compiles();
+    }
+    {
+      torch::Tensor y;
+      const auto message = message_of([&] {
+        y = step(torch::tensor({0, 9}));
+        mark_step();
+      });
+      EXPECT_NE(message, "");
+      // What was not made cannot be read, and says why.
+      if (y.defined()) {
+        EXPECT_NE(message_of([&] { (void)y.cpu(); }), "");
+        EXPECT_NE(message_of([&] { (void)(y + 1).cpu(); }), "");
+      }
+    }
+    for (int k = 0; k < 3; ++k) {
+      EXPECT_EQ(step(torch::tensor({1, 2})).sum().item<float>(), 32.0f);
+      mark_step();
+    }
+  }
+}
+
+TEST_F(Errors, AnErrorInAVerifiedStepKeepsWhatCameBefore) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "an assertion in a CUDA kernel ends the process";
+  const auto table = torch::arange(10, torch::kLazy).to(torch::kFloat).view({5, 2});
+  const auto counter = torch::zeros({1}, torch::kLazy);
+  float expected = 0;
+  for (int k = 0; k < 6; ++k) {
+    const auto index = torch::tensor({0, k == 3 ? 7 : 1}).to(torch::kLazy);
+    const auto message = message_of([&] {
+      counter.add_(1);
+      const auto rows = torch::embedding(table, index);
+      counter.add_(rows.sum());
+      mark_step();
+    });
+    EXPECT_EQ(message.empty(), k != 3);
+    expected += k == 3 ? 1 : 7;
+    EXPECT_EQ(counter.item<float>(), expected) << k;
+  }
+}
+
+TEST_F(Errors, AnExceptionInAHookLeavesTheProgramUsable) {
+  for (int k = 0; k < 4; ++k) {
+    auto x = torch::ones({3}).to(torch::kLazy).requires_grad_();
+    const auto y = x * 2;
+    if (k % 2 == 1) {
+      y.register_hook([](const torch::Tensor&) -> torch::Tensor {
+        throw std::runtime_error("the user's own");
+      });
+    }
+    const auto message = message_of([&] { y.exp().sum().backward(); });
+    EXPECT_EQ(message.empty(), k % 2 == 0) << message;
+    if (k % 2 == 0) {
+      expect_close(x.grad(), torch::full({3}, 2 * std::exp(2.0f)));
+    }
+    EXPECT_EQ(y.sum().item<float>(), 6.0f);
+    mark_step();
+  }
+}
+
+TEST_F(Errors, BackwardOfNothingIsLibtorchsError) {
+  const auto x = torch::ones({3}).to(torch::kLazy);
+  EXPECT_TRUE(holds(message_of([&] { x.sum().backward(); }), "does not require grad"));
+  auto w = torch::ones({3}).to(torch::kLazy).requires_grad_();
+  EXPECT_TRUE(holds(message_of([&] { (w * 2).backward(); }), "scalar"));
+  const auto y = w.exp().sum();
+  y.backward();
+  EXPECT_TRUE(holds(message_of([&] { y.backward(); }), "second time"));
+}
+
+TEST_F(Errors, ItemOfManyNumbersIsLibtorchsError) {
+  const auto x = torch::ones({3}).to(torch::kLazy);
+  for (int k = 0; k < 2; ++k) {
+    EXPECT_NE(message_of([&] { (void)(x * 2).item<float>(); }), "");
+    EXPECT_EQ((x * 2)[1].item<float>(), 2.0f);
+    mark_step();
+  }
+}
+
+}  // namespace
+}  // namespace reprise::test
