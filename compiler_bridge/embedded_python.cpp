@@ -163,14 +163,15 @@ void start_interpreter(const std::string& python) {
   check(status);
 }
 
-void import_compiler(const std::string& options_json) {
+void import_compiler(const std::string& options_json, bool interpreter_is_ours) {
   std::string package_dir = json_field(options_json, "package_dir");
   PyObject* path = PySys_GetObject("path");
   Ref entry = checked(PyUnicode_DecodeFSDefault(package_dir.c_str()));
   if (!path || PyList_Insert(path, 0, entry.get()) != 0) throw PythonError(take_error());
   Ref module = checked(PyImport_ImportModule("reprise_compiler"));
-  checked(PyObject_CallMethod(module.get(), "initialize", "s",
-                              json_field(options_json, "cache_dir").c_str()));
+  checked(PyObject_CallMethod(module.get(), "initialize", "sO",
+                              json_field(options_json, "cache_dir").c_str(),
+                              interpreter_is_ours ? Py_True : Py_False));
 }
 
 std::string call_compile(const char* trace_json, const char* output_path) {
@@ -207,7 +208,7 @@ int reprise_compiler_initialize(const char* options_json, char** error) {
       WhilePythonRuns guard;
       WithGil gil;
       exit_guard_watch_host_python();
-      import_compiler(options_json);
+      import_compiler(options_json, false);
       return;
     }
     std::string python = json_field(options_json, "python");
@@ -217,7 +218,7 @@ int reprise_compiler_initialize(const char* options_json, char** error) {
     start_interpreter(python);
     exit_guard_interpreter_is_ours();
     ReleaseInitialGil gil;
-    import_compiler(options_json);
+    import_compiler(options_json, true);
   });
 }
 

@@ -6,8 +6,13 @@
 /// calls the ops that eager would call, so that they are captured and their
 /// gradients are eager's.
 #include <ATen/Functions.h>
+#include <ATen/Context.h>
 #include <ATen/ops/_fused_sdp_choice.h>
+#include <ATen/ops/lstm_compositeimplicitautograd_dispatch.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
 
 #include "lazy_backend/device.h"
 #include "lazy_backend/storage.h"
@@ -106,9 +111,63 @@ at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tenso
       query, key, value, additive, dropout_p, is_causal, std::nullopt, scale, enable_gqa));
 }
 
+/// oneDNN's LSTM, layer by layer, where eager takes it on the CPU (`use_mkldnn` in
+/// aten/src/ATen/native/RNN.cpp and `mkldnn_rnn` in native/mkldnn/RNN.cpp, 2.11).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm(const at::Tensor& input, at::TensorList hx,
+                                                    at::TensorList params, bool has_biases,
+                                                    int64_t num_layers, double dropout_p,
+                                                    bool train, bool bidirectional,
+                                                    bool batch_first) {
+  const auto all_lazy = [](at::TensorList tensors) {
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [](const at::Tensor& tensor) { return is_lazy(tensor); });
+  };
+  const bool fused = at::globalContext().userEnabledMkldnn() && at::hasMKLDNN() &&
+                     is_lazy(input) && all_lazy(params) && all_lazy(hx) && hx.size() == 2 &&
+                     backing_device_of(input.device().index()).is_cpu() &&
+                     input.scalar_type() == at::kFloat && input.numel() != 0 &&
+                     hx[0].size(2) == hx[1].size(2);
+  if (!fused) {
+    return at::compositeimplicitautograd::lstm(input, hx, params, has_biases, num_layers,
+                                               dropout_p, train, bidirectional, batch_first);
+  }
+  constexpr int64_t kLstm = 2;  // ideep::rnn_kind::LSTM
+  const int64_t hidden_size = hx[0].size(2);
+  const size_t stride = has_biases ? 4 : 2;
+  const int64_t directions = bidirectional ? 2 : 1;
+  at::Tensor layer_input = (batch_first ? input.transpose(0, 1) : input).contiguous();
+  const at::Tensor h = hx[0].contiguous(), c = hx[1].contiguous();
+  std::vector<at::Tensor> last_h, last_c;
+  for (int64_t layer = 0; layer < num_layers; ++layer) {
+    std::vector<at::Tensor> outputs;
+    for (int64_t direction = 0; direction < directions; ++direction) {
+      const int64_t index = layer * directions + direction;
+      const at::Tensor* weights = &params[static_cast<size_t>(index) * stride];
+      const auto bias = [&](size_t k) {
+        return has_biases ? weights[2 + k]
+                          : at::zeros(weights[k].sizes(), weights[k].options());
+      };
+      auto [output, next_h, next_c, workspace] = at::mkldnn_rnn_layer(
+          layer_input, weights[0], weights[1], bias(0), bias(1), h[index], c[index],
+          /*reverse=*/direction > 0, /*batch_sizes=*/{}, kLstm, hidden_size, num_layers,
+          has_biases, bidirectional, batch_first, train);
+      outputs.push_back(output);
+      last_h.push_back(next_h);
+      last_c.push_back(next_c);
+    }
+    layer_input = directions == 1 ? outputs[0] : at::cat(outputs, -1);
+    if (dropout_p != 0 && train && layer < num_layers - 1) {
+      layer_input = at::dropout(layer_input, dropout_p, /*train=*/true);
+    }
+  }
+  return {batch_first ? layer_input.transpose(0, 1) : layer_input, at::stack(last_h, 0),
+          at::stack(last_c, 0)};
+}
+
 void register_composites(torch::Library& m) {
   m.impl("dropout", dropout);
   m.impl("dropout_", dropout_);
+  m.impl("lstm.input", lstm);
   m.impl("scaled_dot_product_attention", scaled_dot_product_attention);
 }
 

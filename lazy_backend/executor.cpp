@@ -42,39 +42,6 @@ bool covers(const Program& program, const Segment& segment) {
   return true;
 }
 
-at::Tensor empty_like_record(const Geometry& geometry, size_t nbytes, c10::Device device) {
-  const auto options = at::TensorOptions().dtype(geometry.dtype).device(device);
-  const auto elements =
-      static_cast<int64_t>(std::max(nbytes, geometry.nbytes()) / c10::elementSize(geometry.dtype));
-  at::Tensor whole = at::empty_strided({elements}, {1}, options);
-  Geometry plain = geometry;
-  plain.conjugate = plain.negative = false;
-  return backing_tensor(whole.storage(), plain);
-}
-
-/// The numbers that a random step makes, in a tensor of its own.
-at::Tensor make_random(const Step& step) {
-  const c10::Device device = backing_device_of(step.device_index);
-  torch::jit::Stack stack;
-  for (const Arg& arg : step.args) {
-    switch (arg.kind) {
-      case Arg::Kind::kTensor:
-        stack.emplace_back(empty_like_record(arg.geometry(), arg.geometry().nbytes(), device));
-        break;
-      case Arg::Kind::kNone: stack.emplace_back(); break;
-      case Arg::Kind::kInt: stack.emplace_back(arg.i); break;
-      case Arg::Kind::kBool: stack.emplace_back(arg.b); break;
-      case Arg::Kind::kDouble: stack.emplace_back(arg.d); break;
-      case Arg::Kind::kIntList: stack.push_back(arg.boxed_ints()); break;
-      case Arg::Kind::kDevice: stack.emplace_back(device); break;
-      case Arg::Kind::kConstant: stack.push_back(arg.constant()); break;
-      default: TORCH_INTERNAL_ASSERT(false, "reprise: argument of a random op");
-    }
-  }
-  step.op.callBoxed(stack);
-  return stack.front().toTensor();
-}
-
 /// Dynamic scalar `k` as a program takes it.
 at::Tensor scalar_input(Segment& segment, size_t k) {
   auto& tensors = segment.scalar_tensors;
@@ -114,6 +81,7 @@ void run_program(Program& program, Segment& segment, bool first) {
   std::vector<at::Tensor> inputs;
   inputs.reserve(program.inputs.size());
   std::vector<std::pair<uint32_t, c10::Storage>> random;
+  size_t next_random = 0;
   for (const ProgramInput& input : program.inputs) {
     switch (input.kind) {
       case ProgramInput::Kind::kSlot:
@@ -124,7 +92,7 @@ void run_program(Program& program, Segment& segment, bool first) {
         break;
       case ProgramInput::Kind::kRandom: {
         const Step& step = *program.steps[input.index];
-        inputs.push_back(make_random(step));
+        inputs.push_back(segment.random[next_random++]);
         if (step.randomness == Randomness::kCreates) {
           random.emplace_back(step.results[0].slot, inputs.back().storage());
         }
@@ -143,7 +111,7 @@ void run_program(Program& program, Segment& segment, bool first) {
     if (C10_LIKELY(!output.copy)) {
       lazy->set_backing(outputs[k].storage());
     } else {
-      at::Tensor copy = empty_like_record(output.geometry, output.nbytes, outputs[k].device());
+      at::Tensor copy = empty_tensor(output.geometry, output.nbytes, outputs[k].device());
       copy.copy_(outputs[k]);
       lazy->set_backing(copy.storage());
     }

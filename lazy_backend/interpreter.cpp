@@ -2,7 +2,11 @@
 
 #include <ATen/core/ATen_fwd.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
 
 #include "lazy_backend/device.h"
 
@@ -105,6 +109,40 @@ at::Tensor backing_tensor(const c10::Storage& storage, const Geometry& geometry)
   return at::Tensor(std::move(impl));
 }
 
+at::Tensor empty_tensor(const Geometry& geometry, size_t nbytes, c10::Device device) {
+  const auto options = at::TensorOptions().dtype(geometry.dtype).device(device);
+  const auto elements =
+      static_cast<int64_t>(std::max(nbytes, geometry.nbytes()) / c10::elementSize(geometry.dtype));
+  at::Tensor whole = at::empty_strided({elements}, {1}, options);
+  Geometry plain = geometry;
+  plain.conjugate = plain.negative = false;
+  return backing_tensor(whole.storage(), plain);
+}
+
+at::Tensor draw(const Step& step) {
+  c10::InferenceMode normal_tensors(false);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::Device device = backing_device_of(step.device_index);
+  torch::jit::Stack stack;
+  for (const Arg& arg : step.args) {
+    switch (arg.kind) {
+      case Arg::Kind::kTensor:
+        stack.emplace_back(empty_tensor(arg.geometry(), arg.geometry().nbytes(), device));
+        break;
+      case Arg::Kind::kNone: stack.emplace_back(); break;
+      case Arg::Kind::kInt: stack.emplace_back(arg.i); break;
+      case Arg::Kind::kBool: stack.emplace_back(arg.b); break;
+      case Arg::Kind::kDouble: stack.emplace_back(arg.d); break;
+      case Arg::Kind::kIntList: stack.push_back(arg.boxed_ints()); break;
+      case Arg::Kind::kDevice: stack.emplace_back(device); break;
+      case Arg::Kind::kConstant: stack.push_back(arg.constant()); break;
+      default: TORCH_INTERNAL_ASSERT(false, "reprise: argument of a random op");
+    }
+  }
+  step.op.callBoxed(stack);
+  return stack.front().toTensor();
+}
+
 std::vector<uint32_t> last_uses(const std::vector<StepPtr>& steps, size_t slots) {
   std::vector<uint32_t> last(slots, 0);
   for (size_t k = 0; k < steps.size(); ++k) {
@@ -124,11 +162,24 @@ void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
   const auto last = last_uses(steps, segment.size());
   ArgumentBuilder arguments(storages, segment.scalars);
   torch::jit::Stack stack;
+  size_t next_random = 0;
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   for (size_t k = 0; k < steps.size(); ++k) {
     const Step& step = *steps[k];
     if (step.only_aliases) continue;
     try {
+      if (step.randomness != Randomness::kNone) {
+        // Drawn already; what it fills or creates takes the numbers over.
+        at::Tensor& numbers = segment.random[next_random++];
+        if (step.randomness == Randomness::kFills) {
+          const Arg& filled = step.args[0];
+          backing_tensor(storages[filled.slot], filled.geometry()).copy_(numbers);
+        } else {
+          take_result(step.results[0], numbers, storages, segment);
+        }
+        numbers = at::Tensor();
+        continue;
+      }
       const auto& declared = step.op.schema().arguments();
       for (size_t a = 0; a < step.args.size(); ++a) {
         stack.push_back(arguments.build(step.args[a], step, declared[a]));

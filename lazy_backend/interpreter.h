@@ -18,6 +18,13 @@ namespace reprise {
 /// throw the same when they are read.
 void interpret(const std::vector<StepPtr>& steps, Segment& segment);
 
+/// The numbers that a random step makes for its geometry, in a tensor of their own.
+at::Tensor draw(const Step& step);
+
+/// A tensor of the backing device of this geometry, over a new storage of at
+/// least `nbytes`; its contents are undefined.
+at::Tensor empty_tensor(const Geometry& geometry, size_t nbytes, c10::Device device);
+
 /// The last step (index) that touches each slot.
 std::vector<uint32_t> last_uses(const std::vector<StepPtr>& steps, size_t slots);
 

@@ -28,6 +28,7 @@ void Segment::rollback(uint32_t size) {
 
 void Segment::settle() {
   scalars.clear();
+  random.clear();
   for (Binding& binding : bindings_) {
     if (binding.storage->pending_in() == session_) binding.storage->set_pending_in(nullptr);
     if (!binding.strong) continue;
@@ -65,6 +66,7 @@ void Segment::clear() {
   }
   bindings_.clear();
   scalars.clear();
+  random.clear();
 }
 
 }  // namespace reprise

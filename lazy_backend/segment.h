@@ -93,6 +93,7 @@ class Segment {
   void swap(Segment& other) {
     bindings_.swap(other.bindings_);
     scalars.swap(other.scalars);
+    random.swap(other.random);
     scalar_tensors.swap(other.scalar_tensors);
     std::swap(epoch_, other.epoch_);
     std::swap(session_id_, other.session_id_);
@@ -104,6 +105,10 @@ class Segment {
   void clear();
 
   ScalarValues scalars;
+  /// What the random steps made, in their order. Numbers are drawn when an op is
+  /// called, not when the segment runs, so that they are eager's also where the
+  /// host draws from the same generator in between.
+  std::vector<at::Tensor> random;
   /// 0-dim float64 CPU tensors by which programs are given the scalars; kept from
   /// launch to launch.
   std::vector<at::Tensor> scalar_tensors;

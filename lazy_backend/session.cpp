@@ -155,7 +155,8 @@ void Session::begin_segment() {
   live_at_start_ = LazyStorage::live_on_this_thread();
   cursor_ = root_->child != nullptr && pause_ == 0 ? root_ : nullptr;
   follow_ = cursor_ == nullptr ? root_ : nullptr;
-  hot_cursor_ = closed_node_ == nullptr ? cursor_ : nullptr;
+  // The first op goes the boxed way, which looks at the environment.
+  hot_cursor_ = nullptr;
 }
 
 void Session::end_segment(const char* reason) {
@@ -163,7 +164,7 @@ void Session::end_segment(const char* reason) {
   if (cursor_ != nullptr) {
     if (cursor_ == root_) {
       // Nothing has happened, or only what left no step.
-      if (!current_.empty()) begin_segment();
+      if (!current_.empty() || environment_ != environment_key()) begin_segment();
       return;
     }
     Node* node = cursor_;
@@ -188,6 +189,8 @@ void Session::end_segment(const char* reason) {
   begin_segment();
 }
 
+void Session::draw_random(const Step& step) { current_.random.push_back(draw(step)); }
+
 void Session::close() {
   // The tree says that a step ends here. It is launched when the next op reads.
   Node* node = cursor_;
@@ -207,7 +210,7 @@ void Session::launch_closed() {
     ~Finish() {
       session->closed_.clear();
       session->closed_node_ = nullptr;
-      session->hot_cursor_ = session->cursor_;
+      session->hot_cursor_ = session->cursor_ == session->root_ ? nullptr : session->cursor_;
     }
   } finish{this};
   Node* node = closed_node_;
@@ -304,7 +307,8 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       }
     }
     launch_closed();
-  } else if (environment_ != environment_key()) {
+  }
+  if ((!reads || cursor_ == root_ || log_.empty()) && environment_ != environment_key()) {
     end_segment("the default dtype or another setting changed");
   }
   if (pause_ > 0) {
@@ -354,7 +358,7 @@ void Session::generalise(Node* node, const c10::IValue* args, size_t count) {
   }
   node->step = std::move(general);
   TraceTree::drop_programs(node);
-  REPRISE_LOG(1, "a number of ", node->step->op.operator_name(),
+  REPRISE_LOG(2, "a number of ", node->step->op.operator_name(),
               " changes from step to step: it becomes an input");
 }
 

@@ -61,6 +61,7 @@ class Session {
   at::Tensor make_alias(const Result& result, c10::DispatchKeySet keys);
   /// The call matched `node`, and its results have been made.
   void advance(Node* node) {
+    if (C10_UNLIKELY(node->step->randomness != Randomness::kNone)) draw_random(*node->step);
     for (const uint32_t slot : node->step->written_inputs) {
       current_.at(slot)->set_pending_in(this);
     }
@@ -86,6 +87,7 @@ class Session {
   static void detach(Session* session);
   friend struct ThreadExit;
 
+  void draw_random(const Step& step);
   void begin_segment();
   void end_segment(const char* reason);
   void close();

@@ -203,14 +203,18 @@ TEST_F(Device, ToALazyDtypeIsPartOfTheStep) {
   });
 }
 
-TEST_F(Device, SaveAndLoadKeepAModule) {
+TEST_F(Device, AModuleIsSavedFromTheHostAndLoadedIntoALazyOne) {
+  // libtorch's unpickler knows no lazy device (unpickler.cpp, 2.11), so that
+  // what is saved must lie on the host.
   torch::nn::Linear model(3, 2), other(3, 2);
-  model->to(torch::kLazy);
   std::stringstream file;
+  model->to(torch::kLazy);
+  const auto weight = model->weight.detach().cpu();
+  model->to(torch::kCPU);
   torch::save(model, file);
+  other->to(torch::kLazy);
   torch::load(other, file);
-  other->to(torch::kCPU);
-  EXPECT_TRUE(torch::equal(other->weight, model->weight.cpu()));
+  EXPECT_TRUE(torch::equal(other->weight.cpu(), weight));
 }
 
 TEST_F(Device, MarkStepWithNothingToDoIsHarmless) {

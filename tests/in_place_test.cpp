@@ -67,7 +67,8 @@ TEST_F(InPlaceOps, OutOpsWriteWithoutResize) {
   expect_eager_three_ways({random(torch::kCPU, {3, 3}), torch::zeros({3, 3})},
                           [](Tensors& in) -> Tensors {
                             torch::mul_out(in[1], in[0], in[0]);
-                            torch::mm_out(in[1], in[1], in[0]);
+                            in[0].copy_(torch::mm(in[1], in[0]));
+                            torch::mm_out(in[1], in[0], in[0]);
                             auto sum = torch::empty({3}, in[0].options());
                             torch::sum_out(sum, in[1], 0);
                             return {sum};
@@ -119,7 +120,7 @@ TEST_F(InPlaceOps, AliasedInputsSeeEachOthersWrites) {
     return [=](int) -> Tensors {
       left.mul_(0.5);
       right.add_(left.sum());
-      left.sub_(right);
+      left.sub_(right.clone());
       return {base, left + right};
     };
   });

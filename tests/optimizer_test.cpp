@@ -185,31 +185,6 @@ TEST_F(Optimizers, ClippedGradientsAreEagers) {
       {.tolerance = 10});
 }
 
-TEST_F(Optimizers, StateSurvivesSaveAndLoad) {
-  const auto run = [](torch::Device device) {
-    torch::manual_seed(1);
-    torch::nn::Linear model(3, 2);
-    model->to(device);
-    const auto x = random(device, {4, 3});
-    auto optimizer = std::make_unique<torch::optim::Adam>(model->parameters(), 0.1);
-    for (int k = 0; k < 6; ++k) {
-      optimizer->zero_grad();
-      model->forward(x).square().sum().backward();
-      optimizer->step();
-      if (k == 3) {
-        std::stringstream file;
-        torch::save(*optimizer, file);
-        optimizer = std::make_unique<torch::optim::Adam>(model->parameters(), 0.1);
-        torch::load(*optimizer, file);
-      }
-      if (device.is_lazy()) mark_step();
-    }
-    return state_of(*model);
-  };
-  const Tensors lazy = run(torch::kLazy), eager = run(eager_device());
-  for (size_t k = 0; k < eager.size(); ++k) expect_same_bits(lazy[k], eager[k]);
-}
-
 TEST_F(Optimizers, AGradientScaleThatChangesIsAnInput) {
   // A float that user code computes anew in each step.
   const auto run = [](torch::Device device) {

@@ -40,7 +40,7 @@ struct Options {
   std::string python;
 
   /// 0: warnings only; 1: segments, compiles and failures as they happen, on
-  /// standard error. `REPRISE_LOG`.
+  /// standard error; 2: also what becomes an input. `REPRISE_LOG`.
   int log_level = 0;
 };
 

@@ -9,13 +9,25 @@ from typing import Any
 _builder: Any = None
 
 
-def initialize(cache_dir: str | None = None) -> None:
-    """Imports all that a compile needs and begins to build the toolchain."""
+def initialize(cache_dir: str | None = None, interpreter_is_ours: bool = False) -> None:
+    """Imports all that a compile needs and begins to build the toolchain.
+
+    `interpreter_is_ours` is said by the host library when it has started this
+    interpreter for nothing but compiling.
+    """
     global _builder
+    if interpreter_is_ours:
+        from .guest import settle_in
+
+        settle_in(cache_dir)
     from .build_package import PackageBuilder
 
-    _builder = PackageBuilder(cache_dir)
-    _builder.start_toolchain()
+    _builder = PackageBuilder(cache_dir or None)
+    _builder.warm_up()
+    if interpreter_is_ours:
+        from .guest import keep_what_is_loaded
+
+        keep_what_is_loaded()
 
 
 def compile(trace_json: str, output_path: str) -> dict[str, Any]:

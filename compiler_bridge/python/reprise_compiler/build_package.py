@@ -16,8 +16,11 @@ from typing import Any
 import torch
 import torch._inductor
 import torch._inductor.config
-import torch.export
+from torch._inductor.fx_passes import joint_graph, post_grad, pre_grad
 from torch._inductor.package import package_aoti
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
 from . import torch_patches
 from .toolchain import Toolchain
@@ -54,16 +57,44 @@ def inductor_options() -> dict[str, Any]:
     }
 
 
+def fake_inputs(program: TraceProgram) -> tuple[torch.Tensor, ...]:
+    """The example inputs as AOTAutograd wants them.
+
+    `torch.export` would trace the graph once more than it is traced anyway, a
+    quarter of the time that a large graph takes; what it adds, a checked and
+    serialisable program, is not used. The shape environment is needed for
+    dynamic scalars, which are symbols in it.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    return tuple(mode.from_tensor(t, static_shapes=True) for t in program.example_inputs)
+
+
+def _set_call_spec(program: TraceProgram) -> None:
+    """How Python's `aoti_load_package` passes arguments: one by one, and gets a
+    tuple. C++ callers need none of it.
+    """
+    program.module._in_spec = pytree.tree_structure((program.example_inputs, {}))
+    program.module._out_spec = pytree.tree_structure((0,) * program.output_count)
+
+
 class PackageBuilder:
     """Compiles traces; one per process, used by one thread at a time."""
 
     def __init__(self, cache_dir: str | None = None) -> None:
         self._root = Path(cache_dir or tempfile.mkdtemp(prefix="reprise-compiler-"))
+        self._remove_abandoned_work()
         self._toolchain = Toolchain(self._root / "toolchain")
 
-    def start_toolchain(self, device_type: str = "cpu") -> None:
+    def warm_up(self) -> None:
+        """Does what the first compile would have to do before all others, most
+        of it Inductor's pattern tables, while the toolchain is being built.
+        """
+        cpu = torch.device("cpu")
         with self._compiling():
-            self._toolchain.start(device_type)
+            self._toolchain.start(cpu.type)
+            pre_grad.lazy_init()
+            joint_graph.lazy_init(cpu)
+            post_grad.lazy_init()
 
     def compile(self, trace_json: str, output_path: str) -> dict[str, Any]:
         """Writes the package whole or not at all; returns seconds a phase."""
@@ -72,21 +103,16 @@ class PackageBuilder:
         with self._compiling(), self._scratch() as scratch:
             program = read_trace(trace_json)
             clock.lap("read_s")
-            module, inputs = self._export(program)
-            clock.lap("export_s")
+            _set_call_spec(program)
             files = torch._inductor.aot_compile(
-                module,
-                inputs,
+                program.module,
+                fake_inputs(program),
                 options={**inductor_options(), "aot_inductor.output_path": str(scratch)},
             )
             clock.lap("inductor_s")
             self._package(files, output_path)
             clock.lap("package_s")
         return report
-
-    def _export(self, program: TraceProgram) -> tuple[Any, tuple[torch.Tensor, ...]]:
-        exported = torch.export.export(program.module, program.example_inputs, strict=False)
-        return exported.module(check_guards=False), program.example_inputs
 
     def _package(self, files: Any, output_path: str) -> None:
         target = Path(output_path)
@@ -101,11 +127,18 @@ class PackageBuilder:
     def _scratch(self) -> Iterator[Path]:
         work = self._root / "work"
         work.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=work))
+        folder = Path(tempfile.mkdtemp(dir=work, prefix=f"{os.getpid()}-"))
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_abandoned_work(self) -> None:
+        """What processes have left that ended in the middle of a compile."""
+        for folder in (self._root / "work").glob("*-*"):
+            pid = folder.name.split("-")[0]
+            if not os.path.exists(f"/proc/{pid}") or pid == str(os.getpid()):
+                shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:

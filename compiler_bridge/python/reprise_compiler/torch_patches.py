@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import shlex
+import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +22,11 @@ import sympy
 import torch
 import torch._functorch.aot_autograd
 import torch._inductor.compile_fx
-import torch.export._trace
 from torch._inductor import codecache, config, cpp_builder, cpu_vec_isa
+from torch._inductor.exc import CppCompileError
 from torch._inductor.codegen import common, cpp, cpp_wrapper_cpu
 from torch._inductor.virtualized import V
+from torch.utils import _traceback
 
 from . import vec_isa
 from .toolchain import MODEL_DECLARATION, Toolchain
@@ -30,6 +35,7 @@ from .toolchain import MODEL_DECLARATION, Toolchain
 @contextlib.contextmanager
 def applied(toolchain: Toolchain | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
+        stack.callback(_children.clear)
         for owner, name, replacement in _patches(toolchain):
             stack.callback(setattr, owner, name, owner.__dict__[name])
             setattr(owner, name, replacement)
@@ -47,6 +53,9 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
         _generate_no_runtime_checks,
     )
     yield cpp, "sympy", _SympyThatOnlyExpands()
+    yield cpp_builder, "run_compile_cmd", _run_compile_cmd
+    # Each node would note where in the Python code it comes from: in ours.
+    yield _traceback.CapturedTraceback, "summary", lambda self: traceback.StackSummary()
     # A singleton whose constructor sets up its 200 rules again at every use.
     yield (
         common,
@@ -67,9 +76,8 @@ def _host_patches() -> Iterator[tuple[Any, str, Any]]:
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get("preserve_rng_state") is stock:
             yield module, "preserve_rng_state", contextlib.nullcontext
-    # Turns oneDNN, NNPACK and cuDNN off for the whole process while it traces.
-    # It serves composite ops, and a trace holds none that a backend would split.
-    yield torch.export._trace, "_ignore_backend_decomps", contextlib.nullcontext
+    # (`torch.export` would also turn oneDNN, NNPACK and cuDNN off for the whole
+    # process while it traces, _ignore_backend_decomps; it is not used.)
 
 
 # What makes the compiled program better.
@@ -131,6 +139,52 @@ class _SympyThatOnlyExpands:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sympy, name)
+
+
+class _Children:
+    """Compilers at work, so that wrapper and kernels are built side by side."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[list[str], subprocess.Popen[bytes]]] = []
+
+    def start(self, command: list[str], cwd: str) -> None:
+        process = subprocess.Popen(
+            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self._running.append((command, process))
+
+    def finish(self) -> None:
+        while self._running:
+            command, process = self._running[0]
+            output = process.communicate()[0]
+            self._running.pop(0)
+            if process.returncode != 0:
+                raise CppCompileError(command, output.decode(errors="replace"))
+
+    def clear(self) -> None:
+        for _, process in self._running:
+            process.kill()
+            process.communicate()
+        self._running.clear()
+
+
+_children = _Children()
+
+
+_stock_run_compile_cmd = cpp_builder.run_compile_cmd
+
+
+def _run_compile_cmd(command_line: str, cwd: str) -> None:
+    # g++'s remarks on torch's own headers, thousands of lines, are not read.
+    command = [*shlex.split(command_line), "-w"]
+    if "-c" in command and any(word.endswith((".wrapper.cpp", ".kernel.cpp")) for word in command):
+        # The caller removes the folder that it has made for the command.
+        _children.start(command, os.path.dirname(cwd))
+        return
+    if "-c" not in command:
+        _children.finish()
+    _stock_run_compile_cmd(command_line, cwd)
 
 
 def _toolchain_patches(toolchain: Toolchain) -> Iterator[tuple[Any, str, Any]]:

@@ -1,0 +1,179 @@
+// What a whole process does: how it ends, what it is linked with, what it does
+// without a compiler or a place for its programs.
+#include <sys/stat.h>
+
+#include <filesystem>
+
+#include "reprise/reprise.h"
+#include "tests/child_process.h"
+#include "tests/three_ways.h"
+
+namespace reprise::test {
+namespace {
+
+using Settings = std::vector<std::pair<std::string, std::string>>;
+
+Ended train(const Settings& settings, const std::vector<std::string>& arguments = {"train", "60"}) {
+  std::vector<std::string> command{plain_program()};
+  command.insert(command.end(), arguments.begin(), arguments.end());
+  Settings all{{"REPRISE_COMPILE_AFTER", "1"}};
+  all.insert(all.end(), settings.begin(), settings.end());
+  return run_child(command, all);
+}
+
+/// It ended well, with values like eager's.
+void expect_right(const Ended& ended, int status = 0) {
+  EXPECT_EQ(ended.signal, 0) << ended.output;
+  EXPECT_EQ(ended.status, status) << ended.output;
+  EXPECT_EQ(ended.count("device lazy"), 1u) << ended.output;
+  const auto at = ended.output.find("difference ");
+  ASSERT_NE(at, std::string::npos) << ended.output;
+  EXPECT_LT(std::stod(ended.output.substr(at + 11)), 1e-4) << ended.output;
+}
+
+TEST(Linking, AProgramThatNamesNothingOfRepriseGetsTheDevice) {
+  const Ended ended = train({{"REPRISE_COMPILE", "0"}});
+  expect_right(ended);
+  EXPECT_EQ(ended.count("Warning"), 0u) << ended.output;
+}
+
+TEST(Linking, NoPythonIsLinked) {
+  const auto self = std::filesystem::read_symlink("/proc/self/exe").string();
+  std::string library;
+  for (const auto& file : {self, plain_program()}) {
+    const Ended ended = run_child({"ldd", file});
+    EXPECT_EQ(ended.status, 0);
+    EXPECT_GE(ended.count("libreprise.so"), 1u) << ended.output;
+    EXPECT_EQ(ended.count("libpython"), 0u) << ended.output;
+    EXPECT_EQ(ended.count("libreprise_compiler"), 0u) << ended.output;
+    EXPECT_EQ(ended.count("not found"), 0u) << ended.output;
+    const auto arrow = ended.output.find("=> ", ended.output.find("libreprise.so"));
+    library = ended.output.substr(arrow + 3, ended.output.find(' ', arrow + 3) - arrow - 3);
+  }
+  EXPECT_EQ(run_child({"ldd", library}).count("libpython"), 0u);
+}
+
+/// A process that ends while the compiling thread is in imports or in a compile.
+void expect_ends_at_once(int milliseconds, const std::string& cache) {
+  SCOPED_TRACE(milliseconds);
+  const Ended ended = train({{"REPRISE_CACHE_DIR", cache}},
+                            {"train", "20", std::to_string(milliseconds), "7"});
+  expect_right(ended, 7);
+  EXPECT_LT(ended.seconds, milliseconds / 1000.0 + 4) << ended.output;  // 2 s are its start
+}
+
+TEST(ProcessExit, DuringTheImportsIsClean) {
+  for (const int milliseconds : {0, 300, 1000, 2500, 5000}) {
+    expect_ends_at_once(milliseconds, make_folder("imports"));
+  }
+}
+
+TEST(ProcessExit, DuringACompileIsClean) {
+  for (const int milliseconds : {8'000, 11'000}) {
+    expect_ends_at_once(milliseconds, make_folder("compile"));
+  }
+}
+
+TEST(WithoutACompiler, APythonThatIsNotThereIsOneWarning) {
+  const Ended ended = train({{"REPRISE_PYTHON", "/nowhere/python"},
+                             {"REPRISE_CACHE_DIR", make_folder("no-python")}},
+                            {"train", "60", "3000"});
+  expect_right(ended);
+  EXPECT_EQ(ended.count("[W"), 1u) << ended.output;
+  EXPECT_GE(ended.count("/nowhere/python"), 1u) << ended.output;
+  EXPECT_GE(ended.count("REPRISE_PYTHON"), 1u) << ended.output;
+}
+
+TEST(WithoutACompiler, APythonWithoutTorchIsOneWarning) {
+  const Ended ended =
+      train({{"REPRISE_PYTHON", "/usr/bin/python3"}, {"REPRISE_CACHE_DIR", make_folder("bare")}},
+            {"train", "60", "4000"});
+  expect_right(ended);
+  EXPECT_EQ(ended.count("[W"), 1u) << ended.output;
+  EXPECT_GE(ended.count("torch"), 1u) << ended.output;
+}
+
+TEST(WithoutACompiler, NoCxxCompilerLeavesTheProgramInterpreted) {
+  const std::string empty = make_folder("empty-path");
+  const Ended ended = train({{"PATH", empty},
+                             {"CXX", ""},
+                             {"REPRISE_CACHE_DIR", make_folder("no-cxx")}},
+                            {"train", "60", "14000"});
+  expect_right(ended);
+  EXPECT_GE(ended.count("[W"), 1u) << ended.output;
+  EXPECT_LE(ended.count("[W"), 3u) << ended.output;  // one a program
+}
+
+TEST(WithoutACompiler, CompilingSwitchedOffSaysNothing) {
+  const Ended ended = train({{"REPRISE_COMPILE", "0"}, {"REPRISE_PYTHON", "/nowhere/python"}});
+  expect_right(ended);
+  EXPECT_EQ(ended.count("[W"), 0u) << ended.output;
+}
+
+void expect_one_warning_about_the_folder(const std::string& folder, const std::string& why) {
+  SCOPED_TRACE(why);
+  const Ended ended = train({{"REPRISE_CACHE_DIR", folder}}, {"train", "60", "1500"});
+  expect_right(ended);
+  EXPECT_EQ(ended.count("the cache folder"), 1u) << ended.output;
+  EXPECT_GE(ended.count(why), 1u) << ended.output;
+  EXPECT_GE(ended.count("REPRISE_CACHE_DIR"), 1u) << ended.output;
+}
+
+TEST(CacheFolder, OthersMayNotWriteToIt) {
+  const std::string folder = make_folder("open");
+  ::chmod(folder.c_str(), 0777);
+  expect_one_warning_about_the_folder(folder, "others may write to it");
+}
+
+TEST(CacheFolder, AFileInItsPlaceIsOneWarning) {
+  const std::string folder = make_folder("parent");
+  std::fclose(std::fopen((folder + "/file").c_str(), "w"));
+  expect_one_warning_about_the_folder(folder + "/file", "it is no folder");
+  expect_one_warning_about_the_folder(folder + "/file/below", "it cannot be made");
+}
+
+TEST(CacheFolder, AnotherUsersIsRefused) {
+  if (::geteuid() == 0) {
+    const std::string folder = make_folder("foreign");
+    ASSERT_EQ(::chown(folder.c_str(), 1, 1), 0);
+    expect_one_warning_about_the_folder(folder, "another user owns it");
+  } else {
+    expect_one_warning_about_the_folder("/usr", "another user owns it");
+  }
+}
+
+TEST(CacheFolder, IsMadeForItsUserAlone) {
+  const std::string folder = make_folder("above") + "/made/here";
+  const Ended ended = train({{"REPRISE_CACHE_DIR", folder}}, {"train", "20", "500"});
+  expect_right(ended);
+  struct stat info {};
+  ASSERT_EQ(::stat(folder.c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 0777, 0700u);
+}
+
+TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
+  const std::string folder = make_folder("damaged");
+  const Settings settings{{"REPRISE_CACHE_DIR", folder}, {"REPRISE_LOG", "1"}};
+  const Ended first = train(settings, {"train", "60", "20000"});
+  expect_right(first);
+  size_t packages = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.path().extension() != ".pt2") continue;
+    std::filesystem::resize_file(entry.path(), 100);
+    ++packages;
+  }
+  ASSERT_GE(packages, 1u) << first.output;
+  const Ended second = train(settings, {"train", "60", "20000"});
+  expect_right(second);
+  EXPECT_GE(second.count("damaged"), 1u) << second.output;
+  EXPECT_GE(second.count("compiled "), 1u) << second.output;
+  // And it is good for the next process, which needs no Python then.
+  const Ended third = train({{"REPRISE_CACHE_DIR", folder},
+                             {"REPRISE_PYTHON", "/nowhere/python"}},
+                            {"train", "60", "1000"});
+  expect_right(third);
+  EXPECT_EQ(third.count("[W"), 0u) << third.output;
+}
+
+}  // namespace
+}  // namespace reprise::test
