@@ -8,9 +8,9 @@
 namespace reprise::test {
 namespace {
 
-testing::AssertionResult names(const std::string& text, const std::string& part) {
-  if (text.find(part) != std::string::npos) return testing::AssertionSuccess();
-  return testing::AssertionFailure() << "'" << part << "' is not in:\n" << text;
+::testing::AssertionResult names(const std::string& text, const std::string& part) {
+  if (text.find(part) != std::string::npos) return ::testing::AssertionSuccess();
+  return ::testing::AssertionFailure() << "'" << part << "' is not in:\n" << text;
 }
 
 /// A step, `times` times.

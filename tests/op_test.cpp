@@ -205,7 +205,7 @@ TEST_F(Layers, BatchNormKeepsItsRunningStatistics) {
         norm->to(device);
         const auto x = random(device, {4, 3, 5, 5});
         return [=](int k) mutable -> Tensors {
-          const auto y = norm->forward(x * (k + 1.0) + k);
+          const auto y = norm->forward(x * (k + 1.5) + 0.3 * (k + 1));
           return joined({y}, joined(state_of(*norm),
                                     torch::autograd::grad({y.pow(3).sum()}, norm->parameters())));
         };
