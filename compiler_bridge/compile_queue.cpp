@@ -40,6 +40,7 @@ struct CompilerLibrary {
   decltype(&reprise_compiler_free) free = nullptr;
 };
 CompilerLibrary library;
+std::atomic<bool> library_open{false};
 
 std::string take(char* text) {
   std::string out = text == nullptr ? "" : text;
@@ -130,6 +131,10 @@ void CompileQueue::run() {
   }
 }
 
+void CompileQueue::stop_for_exit() {
+  if (library_open.load(std::memory_order_acquire)) library.interrupt(/*timeout_ms=*/2000);
+}
+
 bool CompileQueue::open_compiler(std::string* problem) {
   if (compiler_ == Compiler::kOpen) return true;
   if (compiler_ == Compiler::kUnusable) {
@@ -161,8 +166,10 @@ bool CompileQueue::open_compiler(std::string* problem) {
       !load(library.free, "reprise_compiler_free")) {
     return give_up(c10::str(file, " is of another version of Reprise; install both from one build"));
   }
-  // A process that ends during a compile must end at once. Registered after
-  // libtorch's static objects were made, so it runs before they go.
+  // A process that ends during a compile must end at once. The main thread's
+  // session sees to it (Session::detach); this is for programs in which only
+  // other threads have one.
+  library_open.store(true, std::memory_order_release);
   std::atexit([] { library.interrupt(300); });
 
   const std::string python = options().python.empty() ? REPRISE_PYTHON_EXECUTABLE

@@ -34,6 +34,9 @@ class CompileQueue {
 
   void wait_until_idle();
 
+  /// The process is ending: brings a running compile to rest.
+  void stop_for_exit();
+
  private:
   CompileQueue() = default;
   void start_warm_up();

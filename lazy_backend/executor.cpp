@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 
 #include "compiler_bridge/compile_queue.h"
 #include "lazy_backend/device.h"
@@ -121,6 +122,30 @@ void run_program(Program& program, Segment& segment, bool first) {
   }
 }
 
+/// What a program's written inputs held before its first run.
+class Snapshot {
+ public:
+  Snapshot(const Program& program, const Segment& segment) {
+    for (const StepPtr& step : program.steps) {
+      for (const uint32_t slot : step->written_inputs) {
+        const c10::Storage& storage = segment.at(slot)->backing();
+        Geometry bytes;
+        bytes.rank = 1;
+        bytes.dims = {static_cast<int64_t>(storage.nbytes()), 1};
+        bytes.dtype = c10::kByte;
+        at::Tensor tensor = backing_tensor(storage, bytes);
+        saved_.emplace_back(tensor, tensor.clone());
+      }
+    }
+  }
+  void restore() const {
+    for (const auto& [tensor, copy] : saved_) tensor.copy_(copy);
+  }
+
+ private:
+  std::vector<std::pair<at::Tensor, at::Tensor>> saved_;
+};
+
 void poison(Segment& segment, const std::exception_ptr& error) {
   for (uint32_t slot = 0; slot < segment.size(); ++slot) {
     if (!segment.is_created(slot)) continue;
@@ -214,8 +239,12 @@ void launch(Node& node, Segment& segment) {
     if (!interpreters_turn) {
       RECORD_FUNCTION(end.replay_range, std::vector<c10::IValue>());
       const auto start = undecided ? Clock::now() : Clock::time_point();
+      const bool first = end.replayed_now == 0;
+      // A program that cannot run shows it the first time.
+      std::optional<Snapshot> before;
+      if (first && program->writes_inputs) before.emplace(*program, segment);
       try {
-        run_program(*program, segment, /*first=*/end.replayed_now == 0);
+        run_program(*program, segment, first);
         ++end.replayed;
         ++end.replayed_now;
         metrics().segments_replayed.add(1);
@@ -230,7 +259,9 @@ void launch(Node& node, Segment& segment) {
         metrics().program_failures.add(1);
         TORCH_WARN("reprise: the program of ", end.name, " failed and is not used any more: ",
                    error.what());
-        if (program->writes_inputs) {
+        if (before) {
+          before->restore();
+        } else if (program->writes_inputs) {
           // It may have changed some of them already: running the steps again
           // could apply an update twice.
           poison(segment, std::current_exception());

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
@@ -164,6 +165,8 @@ void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
   torch::jit::Stack stack;
   size_t next_random = 0;
   at::AutoDispatchBelowADInplaceOrView below_autograd;
+  // A few kernels ask for it (oneDNN's LSTM), and the launch may come under another.
+  const c10::AutoGradMode restored(c10::GradMode::is_enabled());
   for (size_t k = 0; k < steps.size(); ++k) {
     const Step& step = *steps[k];
     if (step.only_aliases) continue;
@@ -184,6 +187,7 @@ void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
       for (size_t a = 0; a < step.args.size(); ++a) {
         stack.push_back(arguments.build(step.args[a], step, declared[a]));
       }
+      c10::GradMode::set_enabled(step.grad_mode);
       step.op.callBoxed(stack);
     } catch (...) {
       for (uint32_t slot = 0; slot < segment.size(); ++slot) {

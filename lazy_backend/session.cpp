@@ -1,5 +1,6 @@
 #include "lazy_backend/session.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/InferenceMode.h>
 
@@ -105,6 +106,8 @@ Session& Session::attach() {
   Session* session = registry.idle.back();
   registry.idle.pop_back();
   exit.session = current_session_ = session;
+  // A program may run here before any op of libtorch has.
+  at::internal::lazy_init_num_threads();
   const std::lock_guard<SessionLock> own(session->lock_);
   session->begin_segment();
   return *session;
@@ -114,6 +117,9 @@ void Session::detach(Session* session) {
   try {
     if (::getpid() == static_cast<pid_t>(::syscall(SYS_gettid))) {
       // The process is ending, and objects that an op needs may be gone already.
+      // Destructors of thread-locals run before all that `exit` does: the last
+      // moment at which a compile can be stopped before Python's libraries go.
+      CompileQueue::get().stop_for_exit();
       session->discard();
     } else {
       session->mark_step("the thread ended");
@@ -349,7 +355,7 @@ void Session::generalise(Node* node, const c10::IValue* args, size_t count) {
   auto general = std::make_shared<Step>(*node->step);
   for (size_t k = 0; k < count; ++k) {
     Arg& arg = general->args[k];
-    if (arg.kind != Arg::Kind::kDouble && arg.kind != Arg::Kind::kNumber) continue;
+    if (!may_be_dynamic(*general, k)) continue;
     Matcher exact(current_);
     // Such arguments bind no slots; a scalar that it takes is taken back.
     const size_t scalars = current_.scalars.size();

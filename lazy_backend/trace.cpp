@@ -146,6 +146,16 @@ bool Result::same(const Result& other) const {
   return true;
 }
 
+bool may_be_dynamic(const Step& step, size_t k) {
+  const Arg& arg = step.args[k];
+  if (step.constant_floats) return false;
+  if (arg.kind == Arg::Kind::kNumber) return true;
+  if (arg.kind != Arg::Kind::kDouble) return false;
+  auto type = step.op.schema().arguments()[k].type();
+  if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+  return type->kind() == c10::TypeKind::NumberType;
+}
+
 bool Step::same(const Step& other, bool floats_may_differ) const {
   if (op != other.op || args.size() != other.args.size() ||
       results.size() != other.results.size() || first_slot != other.first_slot ||

@@ -162,6 +162,11 @@ struct Step {
 };
 using StepPtr = std::shared_ptr<const Step>;
 
+/// Whether argument `k` can be a float that changes from call to call: a number
+/// of any kind, not one that the schema declares as `float`, by which the
+/// compiler chooses its code.
+bool may_be_dynamic(const Step& step, size_t k);
+
 /// Calls `visit(const Arg&)` for every tensor argument, those in lists included.
 template <class Visit>
 void for_each_tensor(const std::vector<Arg>& args, const Visit& visit) {

@@ -36,14 +36,14 @@ Node* TraceTree::find(const Node* node, const Step& step) {
   for (Node* child = node->child; child != nullptr; child = child->sibling) {
     if (!child->step->same(step, /*floats_may_differ=*/true)) continue;
     auto general = std::make_shared<Step>(*child->step);
-    bool only_arguments = true;  // floats within a list stay constants
+    bool all = true;  // floats within a list, say, stay constants
     for (size_t k = 0; k < step.args.size(); ++k) {
       Arg& arg = general->args[k];
       if (arg.same(step.args[k], /*floats_may_differ=*/false)) continue;
-      if (arg.kind == Arg::Kind::kList) only_arguments = false;
+      all = all && may_be_dynamic(step, k);
       arg.dynamic = true;
     }
-    if (!only_arguments) continue;
+    if (!all) continue;
     child->step = std::move(general);
     drop_programs(child);
     return child;

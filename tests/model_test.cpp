@@ -141,7 +141,7 @@ TEST_F(Models, Argon) {
                   model->kinetic_energy(state->velocities)};
         };
       },
-      {.repeats_at = 2, .tolerance = 10});
+      {.tolerance = 10});
 }
 
 TEST_F(Models, OptionPricer) {
@@ -157,7 +157,7 @@ TEST_F(Models, OptionPricer) {
                     value.vega,  value.rho,            value.theta};
           };
         },
-        {.repeats_at = 2, .tolerance = 100});
+        {.tolerance = 100});
   }
 }
 

@@ -154,7 +154,9 @@ TEST(CacheFolder, IsMadeForItsUserAlone) {
 TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
   const std::string folder = make_folder("damaged");
   const Settings settings{{"REPRISE_CACHE_DIR", folder}, {"REPRISE_LOG", "1"}};
-  const Ended first = train(settings, {"train", "60", "20000"});
+  const Settings patient{
+      {"REPRISE_CACHE_DIR", folder}, {"REPRISE_LOG", "1"}, {"UNTIL_A_FILE_IN", folder}};
+  const Ended first = train(patient, {"train", "60", "80000"});
   expect_right(first);
   size_t packages = 0;
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
@@ -163,7 +165,7 @@ TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
     ++packages;
   }
   ASSERT_GE(packages, 1u) << first.output;
-  const Ended second = train(settings, {"train", "60", "20000"});
+  const Ended second = train(settings, {"train", "60", "25000"});
   expect_right(second);
   EXPECT_GE(second.count("damaged"), 1u) << second.output;
   EXPECT_GE(second.count("compiled "), 1u) << second.output;

@@ -156,9 +156,11 @@ TEST_F(Steps, AnUnrolledLstm) {
 TEST_F(Steps, AnInferenceLoop) {
   expect_few_segments(
       [](torch::Device device) -> Step {
-        torch::nn::Sequential model(torch::nn::Linear(8, 16), torch::nn::ReLU(),
-                                    torch::nn::Linear(16, 16), torch::nn::ReLU(),
-                                    torch::nn::Linear(16, 3));
+        torch::nn::Sequential model;
+        for (int layer = 0; layer < 14; ++layer) {
+          model->push_back(torch::nn::Linear(8, 8));
+          model->push_back(torch::nn::ReLU());
+        }
         model->to(device);
         model->eval();
         auto kept = std::make_shared<Tensors>();

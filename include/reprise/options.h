@@ -28,8 +28,9 @@ struct Options {
   int64_t compile_after_ops = 64;
 
   /// The nice value of the compiling thread and of the compilers that it starts,
-  /// 0 to 19: at 19 they take what the program leaves. `REPRISE_COMPILE_NICE`.
-  int compile_niceness = 19;
+  /// 0 to 19. At 10 they get a tenth of a core that the program keeps busy.
+  /// `REPRISE_COMPILE_NICE`.
+  int compile_niceness = 10;
 
   /// Where compiled packages are kept. Empty: `$XDG_CACHE_HOME/reprise` or
   /// `~/.cache/reprise`. `REPRISE_CACHE_DIR`.

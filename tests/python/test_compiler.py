@@ -371,6 +371,14 @@ class Threads(CompilerTest):
             torch.set_num_threads(before)
 
 
+    def test_short_loops_around_a_reduction(self):
+        def f(x):
+            d = x.unsqueeze(0) - x.unsqueeze(1)
+            return (d * d.square().sum(-1, keepdim=True)).sum(0), d.square().sum()
+
+        self.check(f, [torch.rand(40, 3)])
+
+
 class TheHostProgram(CompilerTest):
     def test_its_random_generator_and_backends_are_left_alone(self):
         torch.manual_seed(3)

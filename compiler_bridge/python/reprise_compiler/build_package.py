@@ -57,6 +57,16 @@ def inductor_options() -> dict[str, Any]:
     }
 
 
+def options_for(program: TraceProgram) -> dict[str, Any]:
+    """Channels-last convolutions pay in inference (0.54 of eager's time against
+    0.59) and cost in training (0.89 against 0.75), where batch norm's and the
+    weights' gradients go back and forth between layouts.
+    """
+    backward = torch.ops.aten.convolution_backward.default
+    trains = any(node.target is backward for node in program.module.graph.nodes)
+    return {"layout_optimization": not trains}
+
+
 def fake_inputs(program: TraceProgram) -> tuple[torch.Tensor, ...]:
     """The example inputs as AOTAutograd wants them.
 
@@ -107,7 +117,11 @@ class PackageBuilder:
             files = torch._inductor.aot_compile(
                 program.module,
                 fake_inputs(program),
-                options={**inductor_options(), "aot_inductor.output_path": str(scratch)},
+                options={
+                    **inductor_options(),
+                    **options_for(program),
+                    "aot_inductor.output_path": str(scratch),
+                },
             )
             clock.lap("inductor_s")
             self._package(files, output_path)

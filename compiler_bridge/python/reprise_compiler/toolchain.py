@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
+import platform
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,6 @@ import torch
 from torch._inductor import codecache, config, cpp_builder
 from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-log = logging.getLogger(__name__)
 
 # Bump when what is built here changes.
 _VERSION = 1
@@ -204,8 +203,6 @@ class Toolchain:
 @functools.cache
 def _compiler_identity() -> tuple[object, ...]:
     compiler = cpp_builder.get_cpp_compiler()
-    import shutil
-
     path = os.path.realpath(shutil.which(compiler) or compiler)
     status = os.stat(path)
     return path, status.st_size, status.st_mtime_ns
@@ -219,8 +216,6 @@ def _processor() -> str:
             wanted = ("model name", "flags", "Features", "CPU part")
             return "".join(sorted({l for l in cpuinfo if l.startswith(wanted)}))
     except OSError:
-        import platform
-
         return platform.processor()
 
 

@@ -22,9 +22,16 @@ import sympy
 import torch
 import torch._functorch.aot_autograd
 import torch._inductor.compile_fx
-from torch._inductor import codecache, config, cpp_builder, cpu_vec_isa, lowering
-from torch._inductor.exc import CppCompileError
+from torch._inductor import (
+    codecache,
+    config,
+    cpp_builder,
+    cpu_vec_isa,
+    lowering,
+    pattern_matcher,
+)
 from torch._inductor.codegen import common, cpp, cpp_wrapper_cpu
+from torch._inductor.exc import CppCompileError
 from torch._inductor.virtualized import V
 from torch.utils import _traceback
 
@@ -52,6 +59,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield pattern_matcher._TargetArgsExpr, "_match", _match_scales_too
     yield common.KernelArgs, "cpp_argdefs", _cpp_argdefs
     yield cpp.CppKernel, "decide_parallel_depth", _decide_parallel_depth
+    yield cpp.LoopNest, "max_parallel_depth", _max_parallel_depth
     yield from _eager_kernels()
     yield (
         cpp_wrapper_cpu.CppWrapperCpu,
@@ -139,6 +147,23 @@ def _decide_parallel_depth(self, max_parallel_depth, threads):
         return _stock_decide_parallel_depth(self, max_parallel_depth, threads)
 
 
+_stock_max_parallel_depth = cpp.LoopNest.max_parallel_depth
+
+
+def _max_parallel_depth(self):
+    """Does not start a thread team in every turn of an outer loop, unless that
+    has few turns. Stock code counts a loop shorter than a vector as no turns.
+    """
+    chosen = _stock_max_parallel_depth(self)
+    if chosen.start_depth == 0:
+        return chosen
+    outer, inner = self.loops[: chosen.start_depth], self.loops[chosen.start_depth :]
+    turns = sympy.prod(sympy.ceiling(loop.size / loop.steps) for loop in outer)
+    if not (turns * 300 < inner[0].size / inner[0].steps) == sympy.true:
+        return cpp.ParallelDepth(parallel_depth=chosen.start_depth, start_depth=0)
+    return chosen
+
+
 def _eager_kernels() -> Iterator[tuple[Any, str, Any]]:
     """Ops whose eager CPU kernel beats what Inductor writes for them."""
     # A gather over the window for each element, repeated in every consumer: a
@@ -173,7 +198,7 @@ class _SympyThatOnlyExpands:
     enough; where it is not, a load is taken for a gather, which is still right.
     """
 
-    simplify = staticmethod(functools.cache(sympy.expand))
+    simplify = staticmethod(functools.lru_cache(1 << 14)(sympy.expand))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sympy, name)
