@@ -70,7 +70,7 @@ ArtifactStore::ArtifactStore() {
 
 std::string ArtifactStore::key(const std::string& trace) const {
   const std::string about =
-      c10::str(kFormat, "|", TORCH_VERSION, "|", at::get_cpu_capability(), "|");
+      c10::str(kFormat, "|", REPRISE_COMPILER_ID, "|", TORCH_VERSION, "|", at::get_cpu_capability(), "|");
   const auto low = torch::lazy::MHash(about, trace);
   const auto high = torch::lazy::MHash(trace, about, trace.size());
   return torch::lazy::HashToString(low) + torch::lazy::HashToString(high);

@@ -17,8 +17,8 @@ class ArtifactStore {
   /// warning says so once.
   static ArtifactStore& get();
 
-  /// The name for a trace: of its text, torch's version, the device's
-  /// capability and the store's format.
+  /// The name for a trace: of its text, the compiler package's sources, torch's
+  /// version, the device's capability and the store's format.
   std::string key(const std::string& trace) const;
 
   /// The path of a stored package, or nothing.

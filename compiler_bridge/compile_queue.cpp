@@ -180,7 +180,10 @@ bool CompileQueue::open_compiler(std::string* problem) {
       c10::str("{\"python\":", json_string(python), ",\"package_dir\":", json_string(package),
                ",\"cache_dir\":", json_string(ArtifactStore::get().folder() + "/inductor"), "}");
   char* error = nullptr;
-  if (library.initialize(settings.c_str(), &error) != 0) return give_up(take(error));
+  if (library.initialize(settings.c_str(), &error) != 0) {
+    return give_up(c10::str("the Python '", python, "' cannot compile: ", take(error),
+                            "; name another with REPRISE_PYTHON"));
+  }
   compiler_ = Compiler::kOpen;
   torch::lazy::Metric metric("reprise.ImportSeconds");
   metric.AddSample(seconds_since(start));

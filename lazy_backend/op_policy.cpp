@@ -68,6 +68,9 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
       {"aten::index_put_", {.host_tensors = true}},
       {"aten::index_put", {.host_tensors = true}},
       {"aten::_index_put_impl_", {.host_tensors = true}},
+      // AOTInductor hands an empty list of batch sizes to it as None.
+      {"aten::mkldnn_rnn_layer", {.kind = Kind::kLeave}},
+      {"aten::mkldnn_rnn_layer_backward", {.kind = Kind::kLeave}},
       {"aten::_pack_padded_sequence", {.kind = Kind::kLeave, .host_tensors = true}},
       {"aten::_ctc_loss", {.host_tensors = true}},
 
