@@ -355,11 +355,14 @@ void Session::generalise(Node* node, const c10::IValue* args, size_t count) {
   auto general = std::make_shared<Step>(*node->step);
   for (size_t k = 0; k < count; ++k) {
     Arg& arg = general->args[k];
-    if (!may_be_dynamic(*general, k)) continue;
+    if (arg.kind != Arg::Kind::kDouble && arg.kind != Arg::Kind::kNumber) continue;
     Matcher exact(current_);
     // Such arguments bind no slots; a scalar that it takes is taken back.
     const size_t scalars = current_.scalars.size();
-    if (!exact.match(arg, args[k]) && exact.differing) arg.dynamic = true;
+    if (!exact.match(arg, args[k]) && exact.differing) {
+      if (!may_be_dynamic(*general, k)) return;  // another branch, whose sibling keeps its programs
+      arg.dynamic = true;
+    }
     current_.scalars.resize(scalars);
   }
   node->step = std::move(general);
