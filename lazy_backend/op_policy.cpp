@@ -4,6 +4,7 @@
 
 #include <string_view>
 #include <unordered_map>
+#include <vector>
 
 namespace reprise {
 namespace {
@@ -17,7 +18,7 @@ struct Exception {
   Randomness randomness = Randomness::kNone;
   bool host_tensors = false;
   bool constant_floats = false;
-  std::initializer_list<uint8_t> hidden_writes = {};
+  std::vector<uint8_t> hidden_writes = {};
   int dropout_argument = -1;
 };
 

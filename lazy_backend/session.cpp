@@ -376,6 +376,8 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
   const auto arguments = call_arguments(op, *stack);
   const c10::IValue* args = arguments.data();
   const size_t count = arguments.size();
+  const uint32_t size = current_.size();
+  const size_t scalars = current_.scalars.size();
   Node* found = nullptr;
   for (Node* child = cursor_->child; child != nullptr; child = child->sibling) {
     if (child->step->op == op && match(child, args, count, false, nullptr)) {
@@ -396,7 +398,11 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
   if (found == nullptr) return false;
 
   const Step& step = *found->step;
-  if (step.device_index != device_index_of(arguments, how)) return false;
+  if (step.device_index != device_index_of(arguments, how)) {
+    current_.rollback(size);
+    current_.scalars.resize(scalars);
+    return false;
+  }
   c10::SmallVector<c10::IValue, 4> results;
   const std::function<c10::IValue(const Result&)> make = [&](const Result& result) -> c10::IValue {
     switch (result.kind) {
