@@ -3,7 +3,7 @@
 /// A row `model/mode` has the counters
 ///   eager_ms, reprise_ms   median time of a step, taken in turns
 ///   speedup                median of their ratio
-///   max_rel_diff           of losses, outputs and gradients, see max_relative_difference
+///   max_rel_diff           of losses, outputs, gradients and moments, see max_relative_difference
 ///   programs               programs compiled, or loaded from the artifact store, for it
 ///   first_compiled_step_s  from the first step to the end of the first compiled one
 ///   compiled               share of the timed segments that ran as compiled programs
@@ -25,6 +25,7 @@ constexpr double kCompileTimeout_s = 300.0;
 constexpr int kSettlingRounds = 10;
 constexpr int kStepsPerRound = 4;
 constexpr int kComparedSteps = 5;
+constexpr double kComparedLearningRate = 1e-9;  // see Job::set_learning_rate
 
 struct Row {
   bench::PairedTiming timing;
@@ -86,6 +87,11 @@ void step_until_settled(bench::Job& job) {
 double difference_from_eager(const bench::Workload& workload, torch::Device eager_device) {
   auto eager = workload.on(eager_device);
   auto lazy = workload.on(torch::kLazy);
+  for (auto* job : {&eager, &lazy}) {
+    if (job->set_learning_rate) {
+      job->set_learning_rate(kComparedLearningRate);
+    }
+  }
   std::vector<torch::Tensor> expected, actual;
   for (int step = 0; step < kComparedSteps; ++step) {
     expected.push_back(eager.step().clone());

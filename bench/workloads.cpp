@@ -44,6 +44,22 @@ torch::Tensor all_gradients(const torch::nn::Module& module) {
   return torch::cat(gradients);
 }
 
+torch::Tensor all_moments(torch::optim::Optimizer& optimizer) {
+  std::vector<torch::Tensor> moments;
+  for (const auto& parameter : optimizer.param_groups().at(0).params()) {
+    const auto& state = static_cast<torch::optim::AdamParamState&>(
+        *optimizer.state().at(parameter.unsafeGetTensorImpl()));
+    moments.push_back(state.exp_avg().flatten());
+  }
+  return torch::cat(moments);
+}
+
+void set_rate(torch::optim::Optimizer& optimizer, double rate) {
+  for (auto& group : optimizer.param_groups()) {
+    group.options().set_lr(rate);
+  }
+}
+
 /// A job that computes `forward` of a module and its input, and keeps nothing else.
 template <typename Model, typename Forward>
 Job forward_job(
@@ -55,7 +71,12 @@ Job forward_job(
     torch::NoGradGuard no_grad;
     return forward(*model, *on_device);
   };
-  return {step, [] { return std::vector<torch::Tensor>{}; }, model.ptr(), on_device};
+  return {
+      .step = step,
+      .state = [] { return std::vector<torch::Tensor>{}; },
+      .set_learning_rate = {},
+      .model = model.ptr(),
+      .input = on_device};
 }
 
 template <typename Model>
@@ -85,8 +106,15 @@ Job training(const Classification<Model>& task, torch::Device device) {
     optimizer->step();
     return loss.detach();
   };
-  const auto state = [model] { return std::vector<torch::Tensor>{all_gradients(*model)}; };
-  return {step, state, nullptr, nullptr};
+  return {
+      .step = step,
+      .state =
+          [=] {
+            return std::vector<torch::Tensor>{all_gradients(*model), all_moments(*optimizer)};
+          },
+      .set_learning_rate = [=](double rate) { set_rate(*optimizer, rate); },
+      .model = nullptr,
+      .input = nullptr};
 }
 
 template <typename Model>
@@ -184,9 +212,20 @@ Job dcgan_training(torch::Device device) {
     return torch::stack({discriminator_loss.detach(), generator_loss.detach()});
   };
   const auto state = [=] {
-    return std::vector<torch::Tensor>{all_gradients(*generator), all_gradients(*discriminator)};
+    return std::vector<torch::Tensor>{
+        all_gradients(*generator), all_gradients(*discriminator),
+        all_moments(*generator_optimizer), all_moments(*discriminator_optimizer)};
   };
-  return {step, state, nullptr, nullptr};
+  const auto set_both = [=](double rate) {
+    set_rate(*generator_optimizer, rate);
+    set_rate(*discriminator_optimizer, rate);
+  };
+  return {
+      .step = step,
+      .state = state,
+      .set_learning_rate = set_both,
+      .model = nullptr,
+      .input = nullptr};
 }
 
 cpp_models::Argon argon() {
@@ -214,7 +253,12 @@ Job argon_step(torch::Device device) {
   const auto compared = [=] {
     return std::vector<torch::Tensor>{state->positions, state->velocities, state->forces};
   };
-  return {step, compared, nullptr, nullptr};
+  return {
+      .step = step,
+      .state = compared,
+      .set_learning_rate = {},
+      .model = nullptr,
+      .input = nullptr};
 }
 
 Job option_price(torch::Device device) {
@@ -235,7 +279,12 @@ Job option_greeks(torch::Device device) {
     return torch::stack(
         {value.price, value.standard_error, value.delta, value.vega, value.rho, value.theta});
   };
-  return {step, [] { return std::vector<torch::Tensor>{}; }, nullptr, nullptr};
+  return {
+      .step = step,
+      .state = [] { return std::vector<torch::Tensor>{}; },
+      .set_learning_rate = {},
+      .model = nullptr,
+      .input = nullptr};
 }
 
 }  // namespace

@@ -17,11 +17,16 @@ struct Job {
   /// Does a step and returns its output or its loss, unread.
   std::function<torch::Tensor()> step;
 
-  /// What else to compare after some steps: the gradients of the last one, or the
-  /// state of a simulation. Not the parameters: where a gradient is nothing but
-  /// rounding, as that of an attention key's bias is, Adam makes steps of the size of
-  /// the learning rate of it. Losses and gradients see parameters that are wrong.
+  /// What else to compare after some steps: the gradients of the last one and the
+  /// optimizer's moments, or the state of a simulation.
   std::function<std::vector<torch::Tensor>()> state;
+
+  /// Sets the learning rate of a training job; empty for others. To compare two
+  /// devices it is made tiny: where a gradient is nothing but rounding, Adam makes
+  /// steps of the size of the learning rate of it, whose signs differ, and a few
+  /// steps later the losses do. The learning rate is an input of the program, so the
+  /// program is the one that is timed.
+  std::function<void(double)> set_learning_rate;
 
   /// What `step` reads, where it is a forward pass, for who must move it himself.
   std::shared_ptr<torch::nn::Module> model;

@@ -7,7 +7,8 @@ if(REPRISE_WARNINGS_AS_ERRORS)
 endif()
 if(REPRISE_SANITIZE)
   target_compile_options(reprise_flags INTERFACE
-    -fsanitize=${REPRISE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+    -fsanitize=${REPRISE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all
+    -Wno-maybe-uninitialized)  # false alarms in libtorch's headers under GCC's sanitizers
   target_link_options(reprise_flags INTERFACE -fsanitize=${REPRISE_SANITIZE})
 endif()
 

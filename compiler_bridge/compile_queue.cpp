@@ -18,6 +18,7 @@
 #include "compiler_bridge/compiler_abi.h"
 #include "compiler_bridge/package_runner.h"
 #include "compiler_bridge/trace_writer.h"
+#include "lazy_backend/json_text.h"
 #include "lazy_backend/log.h"
 #include "lazy_backend/metrics.h"
 #include "reprise/options.h"
@@ -46,15 +47,6 @@ std::string take(char* text) {
   std::string out = text == nullptr ? "" : text;
   library.free(text);
   return out;
-}
-
-std::string json_string(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    out += c;
-  }
-  return out + '"';
 }
 
 void lower_priority() {
@@ -177,8 +169,8 @@ bool CompileQueue::open_compiler(std::string* problem) {
   std::string package = folder + "/reprise/python";
   if (!std::filesystem::exists(package)) package = REPRISE_PYTHON_PACKAGE_DIR;
   const std::string settings =
-      c10::str("{\"python\":", json_string(python), ",\"package_dir\":", json_string(package),
-               ",\"cache_dir\":", json_string(ArtifactStore::get().folder() + "/inductor"), "}");
+      c10::str("{\"python\":", json_text(python), ",\"package_dir\":", json_text(package),
+               ",\"cache_dir\":", json_text(ArtifactStore::get().folder() + "/inductor"), "}");
   char* error = nullptr;
   if (library.initialize(settings.c_str(), &error) != 0) {
     return give_up(c10::str("the Python '", python, "' cannot compile: ", take(error),

@@ -10,26 +10,10 @@
 #include <optional>
 
 #include "lazy_backend/device.h"
+#include "lazy_backend/json_text.h"
 
 namespace reprise {
 namespace {
-
-std::string json_text(std::string_view text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      out += '\\';
-      out += c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      char escaped[8];
-      std::snprintf(escaped, sizeof escaped, "\\u%04x", c);
-      out += escaped;
-    } else {
-      out += c;
-    }
-  }
-  return out + '"';
-}
 
 std::string float_text(double value) {
   if (std::isnan(value)) return "\"nan\"";

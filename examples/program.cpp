@@ -1,6 +1,9 @@
 #include "program.h"
 
 #include <ATen/Parallel.h>
+#include <c10/core/Allocator.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
+#include <reprise/device.h>
 #include <torch/utils.h>
 
 #include <algorithm>
@@ -16,6 +19,20 @@
 #include <stdexcept>
 
 namespace examples {
+
+/// The most bytes that libtorch's allocators had given out at once, as they report
+/// them to a profiler.
+class PeakMemory : public c10::MemoryReportingInfoBase {
+ public:
+  void reportMemoryUsage(void*, int64_t, size_t allocated, size_t, c10::Device device) override {
+    auto& peak = device.is_cpu() ? cpu : accelerator;
+    peak = std::max(peak, allocated);
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+
+  size_t cpu = 0;
+  size_t accelerator = 0;
+};
 
 namespace {
 
@@ -83,6 +100,7 @@ Program::Program(std::string name, std::string summary, int64_t steps)
   option("threads", threads_, "Threads that one operation may use.");
   option("log-every", log_every_, "Steps between two progress lines.");
   option("data", data_folder_, "Folder of the data files.");
+  option("mark-steps", mark_steps_, "Call reprise::mark_step() after each step.");
   option("report", report_path_, "File to write a report to, as JSON.");
 }
 
@@ -131,6 +149,10 @@ void Program::parse(int argc, const char* const* argv) {
   }
   if (steps_ < 1 || log_every_ < 1 || threads_ < 1) {
     throw std::invalid_argument("--steps, --log-every and --threads: expected at least 1");
+  }
+  if (!report_path_.empty()) {
+    peak_memory_ = std::make_shared<PeakMemory>();
+    c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, peak_memory_);
   }
   at::set_num_threads(static_cast<int>(threads_));
   torch::manual_seed(static_cast<uint64_t>(seed_));
@@ -189,6 +211,9 @@ std::string Program::help() const {
 }
 
 bool Program::next_step() {
+  if (mark_steps_ && step_ > 0) {
+    reprise::mark_step();
+  }
   const auto now = Clock::now();
   if (step_ > 0) {
     step_seconds_.push_back(std::chrono::duration<double>(now - step_began_).count());
@@ -243,7 +268,9 @@ std::string Program::report() const {
        << "\",\n  \"threads\": " << threads_ << ",\n  \"seed\": " << seed_
        << ",\n  \"steps\": " << step_ << ",\n  \"seconds\": " << json(seconds)
        << ",\n  \"median_step_seconds\": " << json(median(step_seconds_))
-       << ",\n  \"peak_resident_bytes\": " << peak_resident_bytes() << ",\n  \"results\": {";
+       << ",\n  \"peak_resident_bytes\": " << peak_resident_bytes()
+       << ",\n  \"peak_cpu_tensor_bytes\": " << peak_memory_->cpu
+       << ",\n  \"peak_accelerator_tensor_bytes\": " << peak_memory_->accelerator << ",\n  \"results\": {";
   for (const auto& [name, value] : results_) {
     text << (name == results_.front().first ? "" : ", ") << '"' << name << "\": " << json(value);
   }

@@ -9,12 +9,15 @@
 #include <functional>
 #include <initializer_list>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
 namespace examples {
+
+class PeakMemory;
 
 class Program {
  public:
@@ -41,6 +44,7 @@ class Program {
   int64_t steps() const { return steps_; }
 
   /// Begins the next step, and ends the one before. False when all steps are done.
+  /// Reprise finds the steps by itself; with `--mark-steps` it is told of each end.
   bool next_step();
   /// The current step, counted from 1.
   int64_t step() const { return step_; }
@@ -80,6 +84,8 @@ class Program {
   int64_t seed_ = 0;
   int64_t threads_ = 1;
   int64_t log_every_ = 50;
+  bool mark_steps_ = false;
+  std::shared_ptr<PeakMemory> peak_memory_;  ///< where a report was asked for
 
   int64_t step_ = 0;
   Clock::time_point step_began_;

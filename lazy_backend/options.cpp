@@ -37,6 +37,7 @@ Options from_environment() {
   read("REPRISE_CACHE_DIR", options.cache_dir);
   read("REPRISE_PYTHON", options.python);
   read("REPRISE_LOG", options.log_level);
+  read("REPRISE_REPORT", options.report_file);
   return options;
 }
 

@@ -13,6 +13,7 @@
 #include "compiler_bridge/compile_queue.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/executor.h"
+#include "lazy_backend/exit_report.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/log.h"
 #include "lazy_backend/match.h"
@@ -120,6 +121,7 @@ void Session::detach(Session* session) {
       // Destructors of thread-locals run before all that `exit` does: the last
       // moment at which a compile can be stopped before Python's libraries go.
       CompileQueue::get().stop_for_exit();
+      write_exit_report();
       session->discard();
     } else {
       session->mark_step("the thread ended");

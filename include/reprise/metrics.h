@@ -27,6 +27,23 @@ struct Statistics {
 };
 REPRISE_API Statistics statistics();
 
+/// Calls `visit(const char* name, uint64_t value)` for each field.
+template <class Visit>
+void for_each_statistic(const Statistics& s, const Visit& visit) {
+  visit("ops_recorded", s.ops_recorded);
+  visit("ops_verified", s.ops_verified);
+  visit("segments_recorded", s.segments_recorded);
+  visit("segments_interpreted", s.segments_interpreted);
+  visit("segments_replayed", s.segments_replayed);
+  visit("mismatches", s.mismatches);
+  visit("programs_requested", s.programs_requested);
+  visit("programs_compiled", s.programs_compiled);
+  visit("programs_loaded", s.programs_loaded);
+  visit("compile_failures", s.compile_failures);
+  visit("program_failures", s.program_failures);
+  visit("programs_demoted", s.programs_demoted);
+}
+
 /// `torch::lazy`'s metric report with Reprise's counters and times in it.
 REPRISE_API std::string metrics_report();
 

@@ -43,6 +43,11 @@ struct Options {
   /// 0: warnings only; 1: segments, compiles and failures as they happen, on
   /// standard error; 2: also what becomes an input. `REPRISE_LOG`.
   int log_level = 0;
+
+  /// A file to which `statistics()` and `explain()` are written as JSON when the
+  /// main thread ends, for programs that know nothing of Reprise.
+  /// `REPRISE_REPORT`.
+  std::string report_file;
 };
 
 /// The process's options. Set them before the first lazy tensor is made: they
