@@ -1,7 +1,7 @@
 /// Every model of the zoo on the lazy device, against eager on its backing device.
 ///
 /// A row `model/mode` has the counters
-///   eager_ms, reprise_ms   median time of a step, taken in turns
+///   eager_ms, reprise_ms   median time of a step, taken in turns; eager in its own process
 ///   speedup                median of their ratio
 ///   max_rel_diff           of losses, outputs, gradients and moments, see max_relative_difference
 ///   programs               programs compiled, or loaded from the artifact store, for it
@@ -13,6 +13,7 @@
 #include <map>
 #include <optional>
 
+#include "eager_process.h"
 #include "harness.h"
 #include "paired_timing.h"
 #include "workloads.h"
@@ -117,17 +118,10 @@ Row measure(const bench::Workload& workload) {
   row.max_rel_diff = difference_from_eager(workload, eager_device);
   reprise::wait_for_compiles();
 
-  auto eager = workload.on(eager_device);
+  bench::EagerProcess eager(workload.name(), eager_device);
   const auto settled = reprise::statistics();
   row.timing = bench::time_in_pairs(
-      [&] {
-        return bench::seconds_of([&] {
-          const auto output = eager.step();
-          if (eager_device.is_cuda()) {
-            torch::cuda::synchronize(eager_device.index());
-          }
-        });
-      },
+      [&] { return eager.step(); },
       [&] { return bench::seconds_of([&] { lazy_step(row.lazy); }); });
   const auto after = reprise::statistics();
   const auto replayed = static_cast<double>(after.segments_replayed - settled.segments_replayed);
@@ -168,6 +162,9 @@ void run(benchmark::State& state, const bench::Workload& workload) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (bench::served_eager_steps(argc, argv)) {
+    return 0;
+  }
   benchmark::AddCustomContext("backing_device", reprise::backing_device().str());
   for (const auto& workload : bench::workloads()) {
     benchmark::RegisterBenchmark(

@@ -12,6 +12,7 @@
 
 #include <map>
 
+#include "eager_process.h"
 #include "harness.h"
 #include "paired_timing.h"
 #include "workloads.h"
@@ -84,12 +85,13 @@ void lazy_step(bench::Job& job) {
 
 Row measure(const bench::Workload& workload) {
   Row row;
-  auto eager = workload.on(torch::kCPU);
   row.lazy = lazy_job(workload);
   sync();
-  row.max_rel_diff = bench::max_relative_difference({eager.step()}, {row.lazy.step()});
+  row.max_rel_diff =
+      bench::max_relative_difference({workload.on(torch::kCPU).step()}, {row.lazy.step()});
+  bench::EagerProcess eager(workload.name(), torch::kCPU);
   row.timing = bench::time_in_pairs(
-      [&] { return bench::seconds_of([&] { const auto output = eager.step(); }); },
+      [&] { return eager.step(); },
       [&] { return bench::seconds_of([&] { lazy_step(row.lazy); }); });
   return row;
 }
@@ -141,6 +143,9 @@ void run_chain(benchmark::State& state) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (bench::served_eager_steps(argc, argv)) {
+    return 0;
+  }
   torch::lazy::InitTorchScriptBackend();
   benchmark::RegisterBenchmark("chain100/ltc", run_chain)->Unit(benchmark::kMicrosecond);
   for (const auto& workload : bench::workloads()) {

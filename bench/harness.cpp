@@ -9,9 +9,13 @@
 
 namespace bench {
 
-int run_registered(int argc, char** argv) {
+void set_threads() {
   const char* const threads = std::getenv("REPRISE_BENCH_THREADS");
   torch::set_num_threads(threads ? std::max(1, std::atoi(threads)) : 1);
+}
+
+int run_registered(int argc, char** argv) {
+  set_threads();
   benchmark::AddCustomContext("threads", std::to_string(torch::get_num_threads()));
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) {

@@ -3,8 +3,10 @@
 
 namespace bench {
 
-/// Sets the threads that an operation may use to `REPRISE_BENCH_THREADS`, 1 by default,
-/// runs the registered benchmarks and returns the exit status of the program.
+/// Sets the threads that an operation may use to `REPRISE_BENCH_THREADS`, 1 by default.
+void set_threads();
+
+/// Sets the threads, runs the registered benchmarks and returns the exit status of the program.
 int run_registered(int argc, char** argv);
 
 }  // namespace bench

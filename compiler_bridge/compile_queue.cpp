@@ -170,7 +170,8 @@ bool CompileQueue::open_compiler(std::string* problem) {
   if (!std::filesystem::exists(package)) package = REPRISE_PYTHON_PACKAGE_DIR;
   const std::string settings =
       c10::str("{\"python\":", json_text(python), ",\"package_dir\":", json_text(package),
-               ",\"cache_dir\":", json_text(ArtifactStore::get().folder() + "/inductor"), "}");
+               ",\"cache_dir\":", json_text(ArtifactStore::get().folder() + "/inductor"),
+               ",\"toolchain_dir\":", json_text(folder + "/reprise/toolchain"), "}");
   char* error = nullptr;
   if (library.initialize(settings.c_str(), &error) != 0) {
     return give_up(c10::str("the Python '", python, "' cannot compile: ", take(error),

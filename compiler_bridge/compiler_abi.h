@@ -14,7 +14,8 @@ extern "C" {
 ///
 /// `options_json` is an object: `python` (path of the interpreter whose
 /// packages are used), `package_dir` (folder that holds `reprise_compiler/`),
-/// `cache_dir` (scratch folder for Inductor's own files).
+/// `cache_dir` (scratch folder for Inductor's own files), `toolchain_dir` (what
+/// `reprise_compiler.prebuild` has made, only read; may be missing).
 ///
 /// Returns 0, or non-zero with `*error` set to a message that the caller frees
 /// with `reprise_compiler_free`.

@@ -169,8 +169,9 @@ void import_compiler(const std::string& options_json, bool interpreter_is_ours) 
   Ref entry = checked(PyUnicode_DecodeFSDefault(package_dir.c_str()));
   if (!path || PyList_Insert(path, 0, entry.get()) != 0) throw PythonError(take_error());
   Ref module = checked(PyImport_ImportModule("reprise_compiler"));
-  checked(PyObject_CallMethod(module.get(), "initialize", "sO",
+  checked(PyObject_CallMethod(module.get(), "initialize", "ssO",
                               json_field(options_json, "cache_dir").c_str(),
+                              json_field(options_json, "toolchain_dir").c_str(),
                               interpreter_is_ours ? Py_True : Py_False));
 }
 

@@ -23,6 +23,16 @@ TORCH_LIBRARY_IMPL(_, Lazy, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&capture_boxed>());
 }
 
+/// The dispatcher would choose a composite kernel of the op before the fallback: its
+/// pieces would be captured, where eager runs the op itself.
+bool has_rival_kernel(const c10::OperatorHandle& op) {
+  using c10::DispatchKey;
+  if (op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd)) return true;
+  return op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) &&
+         (op.hasKernelForDispatchKey(DispatchKey::CPU) ||
+          op.hasKernelForDispatchKey(DispatchKey::CUDA));
+}
+
 /// Runs when the library is loaded, after libtorch has registered its ops.
 struct Registration {
   Registration() {
@@ -37,10 +47,7 @@ struct Registration {
     for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
       if (!name.name.starts_with(kPrefix)) continue;
       const auto op = dispatcher.findOp(name);
-      if (!op || !op->hasSchema() ||
-          !op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd)) {
-        continue;
-      }
+      if (!op || !op->hasSchema() || !has_rival_kernel(*op)) continue;
       std::string full = name.name.substr(kPrefix.size());
       if (!name.overload_name.empty()) full += "." + name.overload_name;
       if (taken.contains(full)) continue;

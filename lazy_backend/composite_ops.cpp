@@ -20,20 +20,6 @@
 namespace reprise {
 namespace {
 
-/// A tensor of the backing device with the same geometry and no data: good for
-/// being asked, not for being read.
-at::Tensor stand_in(const at::Tensor& lazy) {
-  const c10::Device device = backing_device_of(lazy.device().index());
-  c10::Storage nothing(c10::Storage::use_byte_size_t(), lazy.storage().nbytes(),
-                       c10::DataPtr(nullptr, device));
-  auto impl = c10::make_intrusive<c10::TensorImpl>(std::move(nothing), backing_key_set(device),
-                                                   lazy.dtype());
-  impl->set_sizes_and_strides(lazy.sizes(), lazy.strides(), lazy.storage_offset());
-  at::Tensor tensor(std::move(impl));
-  if (lazy.requires_grad()) tensor.set_requires_grad(true);
-  return tensor;
-}
-
 /// As `at::native::dropout` chooses (aten/src/ATen/native/Dropout.cpp, 2.11): the
 /// fused kernel on CUDA; on CPU a mask of its own.
 at::Tensor dropout(const at::Tensor& input, double p, bool train) {
@@ -164,6 +150,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm(const at::Tensor& input, at:
           at::stack(last_c, 0)};
 }
 
+/// Zeros that have no storage, which derivatives return for what does not depend on
+/// an input. A trace holds storages: these are zeros with one.
+at::Tensor efficient_zero_tensor(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype,
+                                 std::optional<at::Layout> layout,
+                                 std::optional<at::Device> device,
+                                 std::optional<bool> pin_memory) {
+  return at::zeros_symint(size, dtype, layout, device, pin_memory);
+}
+
 void register_composites(torch::Library& m) {
   m.impl("dropout", dropout);
   m.impl("dropout_", dropout_);
@@ -173,7 +168,10 @@ void register_composites(torch::Library& m) {
 
 // Under autograd, and where autograd is off (inference mode).
 TORCH_LIBRARY_IMPL(aten, AutogradLazy, m) { register_composites(m); }
-TORCH_LIBRARY_IMPL(aten, Lazy, m) { register_composites(m); }
+TORCH_LIBRARY_IMPL(aten, Lazy, m) {
+  register_composites(m);
+  m.impl("_efficientzerotensor", efficient_zero_tensor);
+}
 
 }  // namespace
 }  // namespace reprise

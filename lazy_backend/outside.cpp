@@ -28,9 +28,7 @@ void copy_geometry(const at::Tensor& from, const at::Tensor& to) {
                                                   from.storage_offset());
 }
 
-struct Pair {
-  at::Tensor lazy, backing;
-};
+using Pair = Unwrapper::Pair;
 
 /// Lazy tensors in place of those of the backing device.
 c10::IValue wrap_value(const c10::IValue& value, const std::vector<Pair>& arguments,
@@ -123,19 +121,16 @@ void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
       }
     });
   }
-  std::vector<Pair> unwrapped, made;
+  Unwrapper unwrap_argument;
+  std::vector<Pair> made;
   torch::jit::Stack backing;
-  for (const c10::IValue& value : arguments) {
-    backing.push_back(unwrap_value(value, [&](const at::Tensor& lazy, const at::Tensor& tensor) {
-      unwrapped.push_back({lazy, tensor});
-    }));
-  }
+  for (const c10::IValue& value : arguments) backing.push_back(unwrap_argument(value));
   {
     const Unlocked unlocked(lock_);
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     op.callBoxed(&backing);
   }
-  for (const Pair& pair : unwrapped) {
+  for (const Pair& pair : unwrap_argument.pairs()) {
     if (pair.backing.sizes() != pair.lazy.sizes() ||
         pair.backing.strides() != pair.lazy.strides() ||
         pair.backing.storage_offset() != pair.lazy.storage_offset()) {
@@ -150,7 +145,7 @@ void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
     if (again >= 0 && backing[k].isTensor()) {
       results.push_back((*stack)[stack->size() - count + static_cast<size_t>(again)]);
     } else {
-      results.push_back(wrap_value(backing[k], unwrapped, made, index, to_lazy));
+      results.push_back(wrap_value(backing[k], unwrap_argument.pairs(), made, index, to_lazy));
     }
   }
   torch::jit::drop(*stack, count);
@@ -201,12 +196,15 @@ void Session::resize(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   LazyStorage* storage = lazy_storage(self);
   detach_from_segment(storage, /*to_write=*/true, "a tensor of the step was resized");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  at::Tensor backing;
+  const at::Tensor backing = unwrap(self);
   for (size_t k = stack->size() - count; k < stack->size(); ++k) {
     c10::IValue& value = (*stack)[k];
-    value = unwrap_value(value, [&](const at::Tensor& lazy, const at::Tensor& tensor) {
-      if (lazy.is_same(self)) backing = tensor;
-    });
+    if (value.isTensor() && is_lazy(value.toTensor())) {
+      // Of another tensor only the sizes count; it may be pending.
+      value = value.toTensor().is_same(self) ? backing : stand_in(value.toTensor());
+    } else if (value.isDevice() && value.toDevice().is_lazy()) {
+      value = backing.device();
+    }
   }
   op.callBoxed(stack);
   storage->set_backing(backing.storage());

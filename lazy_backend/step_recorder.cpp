@@ -3,6 +3,8 @@
 #include <ATen/core/ATen_fwd.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
+
 #include "lazy_backend/device.h"
 
 namespace reprise {
@@ -60,7 +62,11 @@ Arg StepRecorder::take_tensor(c10::IValue& value, int top_level) {
   arg.first_use = found < 0;
   arg.slot = arg.first_use ? segment_.add_input(storage) : static_cast<uint32_t>(found);
   arg.set_geometry(Geometry(*tensor.unsafeGetTensorImpl()));
-  at::Tensor backing = unwrap(tensor);
+  // Ops compare the identity of arguments: one that comes again is the same again.
+  const auto again = std::find_if(tensors_.begin(), tensors_.end(), [&](const Unwrapped& each) {
+    return each.lazy.is_same(tensor);
+  });
+  at::Tensor backing = again != tensors_.end() ? again->backing : unwrap(tensor);
   tensors_.push_back({tensor, backing, top_level});
   value = std::move(backing);
   return arg;
@@ -245,14 +251,15 @@ std::shared_ptr<Step> StepRecorder::take_results(torch::jit::Stack& stack) {
   return traceable_ ? step_ : nullptr;
 }
 
-c10::IValue unwrap_value(
-    const c10::IValue& value,
-    const std::function<void(const at::Tensor&, const at::Tensor&)>& on_unwrap) {
+c10::IValue Unwrapper::operator()(const c10::IValue& value) {
   if (value.isTensor()) {
-    if (!is_lazy(value.toTensor())) return value;
-    at::Tensor backing = unwrap(value.toTensor());
-    on_unwrap(value.toTensor(), backing);
-    return backing;
+    const at::Tensor& lazy = value.toTensor();
+    if (!is_lazy(lazy)) return value;
+    for (const Pair& pair : pairs_) {
+      if (pair.lazy.is_same(lazy)) return pair.backing;
+    }
+    pairs_.push_back({lazy, unwrap(lazy)});
+    return pairs_.back().backing;
   }
   if (value.isDevice() && value.toDevice().is_lazy()) {
     return backing_device_of(value.toDevice().index());
@@ -260,15 +267,13 @@ c10::IValue unwrap_value(
   if (value.isOptionalTensorList()) {
     c10::List<std::optional<at::Tensor>> list;
     for (const c10::IValue& item : value.toListRef()) {
-      list.push_back(unwrap_value(item, on_unwrap).to<std::optional<at::Tensor>>());
+      list.push_back((*this)(item).to<std::optional<at::Tensor>>());
     }
     return list;
   }
   if (value.isTensorList()) {
     c10::List<at::Tensor> list;
-    for (const c10::IValue& item : value.toListRef()) {
-      list.push_back(unwrap_value(item, on_unwrap).toTensor());
-    }
+    for (const c10::IValue& item : value.toListRef()) list.push_back((*this)(item).toTensor());
     return list;
   }
   return value;

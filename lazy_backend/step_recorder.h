@@ -70,10 +70,19 @@ void visit_tensors(c10::ArrayRef<c10::IValue> values, const Visit& visit) {
   }
 }
 
-/// Replaces lazy tensors and lazy devices by those of the backing device.
-/// `on_unwrap(lazy, backing)` is called for each.
-c10::IValue unwrap_value(const c10::IValue& value,
-                         const std::function<void(const at::Tensor&, const at::Tensor&)>& on_unwrap);
+/// Replaces lazy tensors and lazy devices by those of the backing device. A tensor
+/// that comes twice is the same tensor twice: ops compare the identity of arguments.
+class Unwrapper {
+ public:
+  struct Pair {
+    at::Tensor lazy, backing;
+  };
+  c10::IValue operator()(const c10::IValue& value);
+  const std::vector<Pair>& pairs() const { return pairs_; }
+
+ private:
+  std::vector<Pair> pairs_;
+};
 
 /// An equal step with other slot numbers: slot `s` becomes `slots[s]`. `created`
 /// tells which slots the segment has created before it; numbers that are -1 are

@@ -161,4 +161,16 @@ at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index) {
   return wrap(std::move(storage), backing_tensor);
 }
 
+at::Tensor stand_in(const at::Tensor& lazy) {
+  const c10::Device device = backing_device_of(lazy.device().index());
+  c10::Storage nothing(c10::Storage::use_byte_size_t(), lazy.storage().nbytes(),
+                       c10::DataPtr(nullptr, device));
+  auto impl = c10::make_intrusive<c10::TensorImpl>(std::move(nothing), backing_key_set(device),
+                                                   lazy.dtype());
+  impl->set_sizes_and_strides(lazy.sizes(), lazy.strides(), lazy.storage_offset());
+  at::Tensor tensor(std::move(impl));
+  if (lazy.requires_grad()) tensor.set_requires_grad(true);
+  return tensor;
+}
+
 }  // namespace reprise

@@ -113,6 +113,10 @@ inline LazyStorage* lazy_storage(const at::Tensor& tensor) {
 /// and conjugate and negative bits. The storage must have a backing.
 at::Tensor unwrap(const at::Tensor& lazy);
 
+/// A tensor of the backing device with the same geometry as `lazy` and no data: good
+/// for being asked, not for being read.
+at::Tensor stand_in(const at::Tensor& lazy);
+
 /// A lazy tensor over `storage` with the geometry of `like`, a tensor of the
 /// backing device.
 at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like);

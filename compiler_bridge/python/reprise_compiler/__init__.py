@@ -9,9 +9,14 @@ from typing import Any
 _builder: Any = None
 
 
-def initialize(cache_dir: str | None = None, interpreter_is_ours: bool = False) -> None:
+def initialize(
+    cache_dir: str | None = None,
+    toolchain_dir: str | None = None,
+    interpreter_is_ours: bool = False,
+) -> None:
     """Imports all that a compile needs and begins to build the toolchain.
 
+    `toolchain_dir` is what prebuild.py has made, if anything.
     `interpreter_is_ours` is said by the host library when it has started this
     interpreter for nothing but compiling.
     """
@@ -22,7 +27,7 @@ def initialize(cache_dir: str | None = None, interpreter_is_ours: bool = False) 
         settle_in(cache_dir)
     from .build_package import PackageBuilder
 
-    _builder = PackageBuilder(cache_dir or None)
+    _builder = PackageBuilder(cache_dir or None, toolchain_dir or None)
     _builder.warm_up()
     if interpreter_is_ours:
         from .guest import keep_what_is_loaded

@@ -90,10 +90,12 @@ def _set_call_spec(program: TraceProgram) -> None:
 class PackageBuilder:
     """Compiles traces; one per process, used by one thread at a time."""
 
-    def __init__(self, cache_dir: str | None = None) -> None:
+    def __init__(self, cache_dir: str | None = None, toolchain_dir: str | None = None) -> None:
         self._root = Path(cache_dir or tempfile.mkdtemp(prefix="reprise-compiler-"))
         self._remove_abandoned_work()
-        self._toolchain = Toolchain(self._root / "toolchain")
+        self._toolchain = Toolchain(
+            self._root / "toolchain", Path(toolchain_dir) if toolchain_dir else None
+        )
 
     def warm_up(self) -> None:
         """Does what the first compile would have to do before all others, most
@@ -105,6 +107,11 @@ class PackageBuilder:
             pre_grad.lazy_init()
             joint_graph.lazy_init(cpu)
             post_grad.lazy_init()
+
+    def build_toolchain(self) -> None:
+        with self._compiling():
+            self._toolchain.start("cpu")
+            self._toolchain.finish()
 
     def compile(self, trace_json: str, output_path: str) -> dict[str, Any]:
         """Writes the package whole or not at all; returns seconds a phase."""

@@ -9,7 +9,9 @@ a key of compiler, flags, processor and torch version; 0.6 s remain.
 Also kept: stubs of libtorch with the symbols that programs use, since linking
 against the real ones (hundreds of megabytes) takes 0.35 s.
 
-Building them takes g++ some 15 s of processor time, once per cache folder. It
+Building them takes g++ some 15 s of processor time. They are built with Reprise
+(prebuild.py) and lie beside its library. Where those do not fit, on another
+processor or with another compiler, they are built once per cache folder: that
 begins with the imports, as child processes of the compiling thread, and the
 first compile waits for what it needs.
 """
@@ -91,8 +93,13 @@ class _Build:
 
 
 class Toolchain:
-    def __init__(self, root: Path) -> None:
+    """`root` is where parts are built that are not in `prebuilt`, a folder that
+    is only read.
+    """
+
+    def __init__(self, root: Path, prebuilt: Path | None = None) -> None:
         self._root = root
+        self._prebuilt = prebuilt
         self._builds: dict[str, _Build] = {}
         self.enabled = cpp_builder.is_gcc() and _model_base_overlay() is not None
 
@@ -113,6 +120,13 @@ class Toolchain:
         if kernel_header := codecache._get_cpp_prefix_header(device_type):
             self._kernel_header(kernel_header, command).start()
         self._interface(header, command).start()
+
+    def finish(self) -> None:
+        """Builds all that was started, and the stubs."""
+        for build in self._builds.values():
+            build.finish()
+        if self.enabled:
+            self.libtorch_stubs()
 
     def precompile_header(self, header: str, _key: str, **command: Any) -> str:
         """Stands in for `codecache._precompile_header`, which preprocesses the
@@ -169,10 +183,12 @@ class Toolchain:
         folder = self._folder(name, [code, probe.get_command_line(), repr(overlay)])
         if (key := str(folder)) not in self._builds:
             source = folder / name
-            source.write_text(code)
-            for path, text in (overlay or {}).items():
-                (folder / "include" / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / "include" / path).write_text(text)
+            files = {source: code}
+            files |= {folder / "include" / p: text for p, text in (overlay or {}).items()}
+            for path, text in files.items():
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(text)
             builder = CppBuilder(
                 # g++ looks for header.h.gch beside header.h.
                 name=str(source) if options.get_precompiling() else source.stem,
@@ -195,7 +211,10 @@ class Toolchain:
         digest = hashlib.sha256(
             repr([_VERSION, torch.__version__, _compiler_identity(), _processor(), *key]).encode()
         ).hexdigest()[:16]
-        folder = self._root / f"{Path(name).stem}-{digest}"
+        part = f"{Path(name).stem}-{digest}"
+        if self._prebuilt is not None and (self._prebuilt / part).is_dir():
+            return self._prebuilt / part
+        folder = self._root / part
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -1,0 +1,39 @@
+/// Eager steps in a process of their own, as in a program without Reprise.
+///
+/// What two devices do in one process is not independent: glibc's malloc learns from
+/// the first buffers that are freed which sizes to keep, and whether eager's next
+/// buffers cost page faults then depends on what ran beside it. (A chain of elementwise
+/// operations on 2²⁰ floats takes two to five times as long where they do.)
+#pragma once
+
+#include <c10/core/Device.h>
+#include <sys/types.h>
+
+#include <string>
+
+namespace bench {
+
+/// A copy of the calling program that does steps of a workload when asked.
+class EagerProcess {
+ public:
+  /// Starts it. Throws std::system_error where it cannot.
+  EagerProcess(const std::string& workload, c10::Device device);
+  ~EagerProcess();
+  EagerProcess(const EagerProcess&) = delete;
+  EagerProcess& operator=(const EagerProcess&) = delete;
+
+  /// Does one step there; returns its seconds as measured there. Throws
+  /// std::runtime_error when the process has ended.
+  double step();
+
+ private:
+  pid_t child_ = -1;
+  int ask_ = -1;
+  int answer_ = -1;
+};
+
+/// To be called first in `main`. True when this process is such a copy: it has then
+/// served its parent until that was done.
+bool served_eager_steps(int argc, char** argv);
+
+}  // namespace bench
