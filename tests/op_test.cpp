@@ -7,6 +7,48 @@ namespace {
 
 namespace F = torch::nn::functional;
 
+using Arguments = Lazy;
+
+TEST_F(Arguments, ADerivativeThatIsZeroWithoutAStorage) {
+  expect_eager_three_ways([](torch::Device device) -> Step {
+    const auto x = random(device, {5, 4}).requires_grad_();
+    return [=](int) -> Tensors {
+      const auto y = torch::sgn(x);
+      const auto grad = torch::autograd::grad({y.sum()}, {x})[0];
+      return {y, grad, grad + 1};
+    };
+  });
+}
+
+TEST_F(Arguments, ResizeAsATensorThatIsPending) {
+  for (int k = 0; k < 3; ++k) {
+    const auto pending = torch::ones({3, 4}).to(torch::kLazy) + 1;
+    auto out = torch::empty({0}, torch::kLazy);
+    out.resize_as_(pending);
+    EXPECT_EQ(out.sizes(), pending.sizes());
+    out.copy_(pending);
+    EXPECT_EQ(out.sum().item<float>(), 24.0f);
+    mark_step();
+  }
+}
+
+TEST_F(Arguments, AnOpThatAlsoHasACompositeIsTheBackingDevicesOwn) {
+  const Tensors inputs = {random(torch::kCPU, {64}), random(torch::kCPU, {64})};
+  expect_eager_three_ways(inputs, [](Tensors& in) -> Tensors {
+    return {at::silu_backward(in[0], in[1]), at::mish_backward(in[0], in[1])};
+  });
+}
+
+TEST_F(Arguments, ATensorThatComesTwiceIsTheSameTensor) {
+  for (int k = 0; k < 3; ++k) {
+    auto x = torch::empty({0}, torch::kLazy);
+    const auto y = torch::ones({3}).to(torch::kLazy);
+    EXPECT_THROW(torch::cat_out(x, {x, y}), c10::Error);  // as eager does
+    EXPECT_EQ((y + 1).sum().item<float>(), 6.0f);
+    mark_step();
+  }
+}
+
 using DataDependentOps = Lazy;
 
 TEST_F(DataDependentOps, ShapesThatDependOnValuesAreEagers) {
