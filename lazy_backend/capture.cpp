@@ -5,6 +5,7 @@
 #include <string_view>
 #include <unordered_set>
 
+#include "lazy_backend/device.h"
 #include "lazy_backend/session.h"
 
 namespace reprise {
@@ -24,13 +25,14 @@ TORCH_LIBRARY_IMPL(_, Lazy, m) {
 }
 
 /// The dispatcher would choose a composite kernel of the op before the fallback: its
-/// pieces would be captured, where eager runs the op itself.
+/// pieces would be captured, where eager runs the backing device's own kernel.
 bool has_rival_kernel(const c10::OperatorHandle& op) {
   using c10::DispatchKey;
   if (op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd)) return true;
+  const DispatchKey backing =
+      backing_device_of(0).is_cuda() ? DispatchKey::CUDA : DispatchKey::CPU;
   return op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) &&
-         (op.hasKernelForDispatchKey(DispatchKey::CPU) ||
-          op.hasKernelForDispatchKey(DispatchKey::CUDA));
+         op.hasKernelForDispatchKey(backing);
 }
 
 /// Runs when the library is loaded, after libtorch has registered its ops.

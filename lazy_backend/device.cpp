@@ -5,6 +5,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/lazy/backend/backend_interface.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 
@@ -123,6 +124,36 @@ Backend& backend() {
   static auto* instance = new Backend;  // outlives every tensor
   return *instance;
 }
+
+/// The lazy tensor core's own guard (torch/csrc/lazy/core/tensor_impl.cpp) begins
+/// with a device that has no index, so that `x.to(torch::kLazy)` of a lazy tensor
+/// would copy it: `lazy:0` is not `lazy`. It is registered before this one.
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return c10::kLazy; }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    const c10::Device before = getDevice();
+    setDevice(device);
+    return before;
+  }
+  c10::Device getDevice() const override { return {c10::kLazy, current_}; }
+  void setDevice(c10::Device device) const override { uncheckedSetDevice(device); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override {
+    current_ = std::max<c10::DeviceIndex>(device.index(), 0);
+  }
+  c10::Stream getStream(c10::Device device) const override {
+    return c10::Stream(c10::Stream::DEFAULT, device);
+  }
+  c10::Stream exchangeStream(c10::Stream) const override { return getStream(getDevice()); }
+  c10::DeviceIndex deviceCount() const noexcept override {
+    return static_cast<c10::DeviceIndex>(backend().GetBackendDevices().size());
+  }
+
+ private:
+  static thread_local c10::DeviceIndex current_;
+};
+thread_local c10::DeviceIndex Guard::current_ = 0;
+
+C10_REGISTER_GUARD_IMPL(Lazy, Guard)
 
 struct Registration {
   Registration() {

@@ -78,15 +78,54 @@ void check_first_outputs(Program& program, const std::vector<at::Tensor>& inputs
   }
 }
 
+/// The input tensors of a program, over the storages of this run.
+class InputTensors {
+ public:
+  InputTensors(Program& program, const Segment& segment)
+      : tensors_(program.input_tensors), no_storage_(program.no_storage) {
+    if (C10_UNLIKELY(!no_storage_)) {
+      no_storage_ = c10::Storage(c10::Storage::use_byte_size_t(), 0,
+                                 c10::DataPtr(nullptr, backing_device_of(program.device_index)));
+    }
+    tensors_.resize(program.inputs.size());
+    for (size_t k = 0; k < program.inputs.size(); ++k) {
+      const ProgramInput& input = program.inputs[k];
+      if (input.kind != ProgramInput::Kind::kSlot) continue;
+      const c10::Storage& storage = segment.at(input.index)->backing();
+      if (C10_UNLIKELY(!tensors_[k].defined())) {
+        tensors_[k] = backing_tensor(storage, input.geometry);
+      } else {
+        tensors_[k].unsafeGetTensorImpl()->set_storage_keep_dtype(storage);
+      }
+    }
+  }
+  ~InputTensors() {  // keeps no storage alive
+    for (const at::Tensor& tensor : tensors_) {
+      if (tensor.defined()) {
+        tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(no_storage_);
+      }
+    }
+  }
+  InputTensors(const InputTensors&) = delete;
+  InputTensors& operator=(const InputTensors&) = delete;
+  const at::Tensor& operator[](size_t k) const { return tensors_[k]; }
+
+ private:
+  std::vector<at::Tensor>& tensors_;
+  c10::Storage& no_storage_;
+};
+
 void run_program(Program& program, Segment& segment, bool first) {
+  const InputTensors slots(program, segment);
   std::vector<at::Tensor> inputs;
   inputs.reserve(program.inputs.size());
   std::vector<std::pair<uint32_t, c10::Storage>> random;
   size_t next_random = 0;
-  for (const ProgramInput& input : program.inputs) {
+  for (size_t k = 0; k < program.inputs.size(); ++k) {
+    const ProgramInput& input = program.inputs[k];
     switch (input.kind) {
       case ProgramInput::Kind::kSlot:
-        inputs.push_back(backing_tensor(segment.at(input.index)->backing(), input.geometry));
+        inputs.push_back(slots[k]);
         break;
       case ProgramInput::Kind::kScalar:
         inputs.push_back(scalar_input(segment, input.index));

@@ -162,7 +162,7 @@ void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
   }
   const auto last = last_uses(steps, segment.size());
   ArgumentBuilder arguments(storages, segment.scalars);
-  torch::jit::Stack stack;
+  torch::jit::Stack stack, held;
   size_t next_random = 0;
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   // A few kernels ask for it (oneDNN's LSTM), and the launch may come under another.
@@ -187,8 +187,13 @@ void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
       for (size_t a = 0; a < step.args.size(); ++a) {
         stack.push_back(arguments.build(step.args[a], step, declared[a]));
       }
+      // Of an op that returns several of its arguments, the boxed kernel drops the
+      // arguments before it reads the references it returns (torch 2.11,
+      // make_boxed_from_unboxed_functor.h): somebody else must hold them.
+      if (C10_UNLIKELY(step.returns_arguments)) held = stack;
       c10::GradMode::set_enabled(step.grad_mode);
       step.op.callBoxed(stack);
+      held.clear();
     } catch (...) {
       for (uint32_t slot = 0; slot < segment.size(); ++slot) {
         if (!segment.is_created(slot) || storages[slot]) continue;

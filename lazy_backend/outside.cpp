@@ -23,11 +23,6 @@ class Unlocked {
   SessionLock& lock_;
 };
 
-void copy_geometry(const at::Tensor& from, const at::Tensor& to) {
-  to.unsafeGetTensorImpl()->set_sizes_and_strides(from.sizes(), from.strides(),
-                                                  from.storage_offset());
-}
-
 using Pair = Unwrapper::Pair;
 
 /// Lazy tensors in place of those of the backing device.
@@ -131,12 +126,9 @@ void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
     op.callBoxed(&backing);
   }
   for (const Pair& pair : unwrap_argument.pairs()) {
-    if (pair.backing.sizes() != pair.lazy.sizes() ||
-        pair.backing.strides() != pair.lazy.strides() ||
-        pair.backing.storage_offset() != pair.lazy.storage_offset()) {
-      lazy_storage(pair.lazy)->set_backing(pair.backing.storage());
-      copy_geometry(pair.backing, pair.lazy);
-    }
+    if (same_geometry(pair.backing, pair.lazy)) continue;
+    lazy_storage(pair.lazy)->set_backing(pair.backing.storage());
+    take_geometry(pair.backing, pair.lazy);
   }
   const auto& returns = how.returns_argument;
   c10::SmallVector<c10::IValue, 4> results;
@@ -186,7 +178,8 @@ void Session::metadata(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
                         .as_strided(self.sizes(), self.strides(), self.storage_offset());
   (*stack)[stack->size() - count] = meta;
   op.callBoxed(stack);
-  copy_geometry(meta, self);
+  self.unsafeGetTensorImpl()->set_sizes_and_strides(meta.sizes(), meta.strides(),
+                                                    meta.storage_offset());
   if (!stack->empty()) stack->back() = self;
 }
 
@@ -208,7 +201,7 @@ void Session::resize(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   op.callBoxed(stack);
   storage->set_backing(backing.storage());
-  copy_geometry(backing, self);
+  take_geometry(backing, self);
   if (!stack->empty()) stack->back() = self;
 }
 
@@ -251,7 +244,7 @@ void Session::set_storage(const c10::OperatorHandle& op, torch::jit::Stack* stac
         impl->set_sizes_and_strides(sizes, strides, offset);
       }
     } else if (source.defined()) {
-      copy_geometry(source, self);
+      impl->set_sizes_and_strides(source.sizes(), source.strides(), source.storage_offset());
     } else {
       const auto elements =
           static_cast<int64_t>(storage.nbytes() / self.dtype().itemsize());

@@ -60,6 +60,11 @@ struct Program {
   bool from_store = false;
   bool writes_inputs = false;
 
+  /// What is handed to the runner: made at the first run, without a storage between
+  /// runs. Used under the lock of the session whose tree holds the program.
+  std::vector<at::Tensor> input_tensors;
+  c10::Storage no_storage;
+
   // Set before the state becomes kFailed or kDemoted.
   std::string problem;
 

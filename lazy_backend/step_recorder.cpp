@@ -217,16 +217,11 @@ Result StepRecorder::give(c10::IValue& value, int again) {
 
 void StepRecorder::check_changed_geometry() {
   for (const Unwrapped& each : tensors_) {
-    if (each.backing.sizes() == each.lazy.sizes() &&
-        each.backing.strides() == each.lazy.strides() &&
-        each.backing.storage_offset() == each.lazy.storage_offset()) {
-      continue;
-    }
+    if (same_geometry(each.backing, each.lazy)) continue;
     // An `out` tensor was resized. Its storage object stayed the same.
     traceable_ = false;
     lazy_storage(each.lazy)->set_backing(each.backing.storage());
-    each.lazy.unsafeGetTensorImpl()->set_sizes_and_strides(
-        each.backing.sizes(), each.backing.strides(), each.backing.storage_offset());
+    take_geometry(each.backing, each.lazy);
   }
 }
 
@@ -247,6 +242,10 @@ std::shared_ptr<Step> StepRecorder::take_results(torch::jit::Stack& stack) {
                               : is_alias(result));
   }
   step_->only_aliases = aliases;
+  step_->returns_arguments =
+      std::count_if(step_->results.begin(), step_->results.end(), [](const Result& result) {
+        return result.kind == Result::Kind::kArgument;
+      }) > 1;
   step_->slot_count = segment_.size() - step_->first_slot;
   return traceable_ ? step_ : nullptr;
 }

@@ -173,4 +173,17 @@ at::Tensor stand_in(const at::Tensor& lazy) {
   return tensor;
 }
 
+bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
+  return a.sizes() == b.sizes() && a.strides() == b.strides() &&
+         a.storage_offset() == b.storage_offset() && a.is_conj() == b.is_conj() &&
+         a.is_neg() == b.is_neg();
+}
+
+void take_geometry(const at::Tensor& from, const at::Tensor& to) {
+  c10::TensorImpl* impl = to.unsafeGetTensorImpl();
+  impl->set_sizes_and_strides(from.sizes(), from.strides(), from.storage_offset());
+  impl->_set_conj(from.is_conj());
+  impl->_set_neg(from.is_neg());
+}
+
 }  // namespace reprise

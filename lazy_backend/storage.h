@@ -117,6 +117,10 @@ at::Tensor unwrap(const at::Tensor& lazy);
 /// for being asked, not for being read.
 at::Tensor stand_in(const at::Tensor& lazy);
 
+/// Sizes, strides, offset, and the conjugate and negative bits.
+bool same_geometry(const at::Tensor& a, const at::Tensor& b);
+void take_geometry(const at::Tensor& from, const at::Tensor& to);
+
 /// A lazy tensor over `storage` with the geometry of `like`, a tensor of the
 /// backing device.
 at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like);

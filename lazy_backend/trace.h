@@ -147,6 +147,8 @@ struct Step {
   c10::SmallVector<uint32_t, 2> written;
   c10::DeviceIndex device_index = 0;
   Randomness randomness = Randomness::kNone;
+  /// More than one of its results is an argument again.
+  bool returns_arguments = false;
   /// Only makes views: nothing to run.
   bool only_aliases = false;
   /// Storages alive before this step, counted from the segment's start.

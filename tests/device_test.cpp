@@ -9,6 +9,18 @@ namespace {
 
 using Device = Lazy;
 
+TEST_F(Device, WhatIsOnTheDeviceIsNotCopiedToIt) {
+  const auto x = torch::ones({3}).to(torch::kLazy);
+  EXPECT_EQ(x.device(), torch::Device(torch::kLazy, 0));
+  EXPECT_TRUE(x.to(torch::kLazy).is_same(x));
+  EXPECT_TRUE(x.to(torch::Device("lazy:0")).is_same(x));
+  torch::nn::Linear model(3, 3);
+  model->to(torch::kLazy);
+  const auto before = model->weight.storage().unsafeGetStorageImpl();
+  model->to(torch::kLazy);
+  EXPECT_EQ(model->weight.storage().unsafeGetStorageImpl(), before);
+}
+
 TEST_F(Device, ArithmeticIsEagers) {
   expect_eager_three_ways({random(torch::kCPU, {4, 5}), random(torch::kCPU, {5})},
                           [](Tensors& in) -> Tensors {

@@ -49,6 +49,20 @@ TEST_F(Arguments, ATensorThatComesTwiceIsTheSameTensor) {
   }
 }
 
+TEST_F(Arguments, SeveralOutTensorsOfOneOp) {
+  expect_eager_three_ways(
+      [](torch::Device device) -> Step {
+        const auto x = random(device, {6, 5});
+        return [=](int) -> Tensors {
+          auto values = torch::zeros({6, 5}, x.options());
+          auto indices = torch::zeros({6, 5}, x.options().dtype(torch::kLong));
+          at::sort_out(values, indices, x, 1);
+          return {values, indices};
+        };
+      },
+      {.compiled = false});
+}
+
 using DataDependentOps = Lazy;
 
 TEST_F(DataDependentOps, ShapesThatDependOnValuesAreEagers) {

@@ -4,13 +4,13 @@
 //
 // trains a small model on the lazy device and on the CPU, prints the largest
 // difference between the two, and ends with EXIT_STATUS after MILLISECONDS.
-// While it has time left it goes on training; with UNTIL_A_FILE_IN set to a folder,
-// only until half a second after a compiled program has come to lie there.
+// While it has time left it goes on training. With WAIT_FOR_COMPILES set it waits
+// for all compiles every ten steps.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/torch.h>
 
 #include <chrono>
 #include <cstdlib>
-#include <filesystem>
 #include <iostream>
 #include <string>
 
@@ -38,19 +38,19 @@ struct Training {
   std::unique_ptr<torch::optim::SGD> optimizer;
 };
 
-bool has_program(const char* folder) {
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
-    if (entry.path().extension() == ".pt2") return true;
-  }
-  return false;
+/// As a script would: by the name of an op, without a header of Reprise.
+void wait_for_compiles() {
+  c10::Dispatcher::singleton()
+      .findSchemaOrThrow("reprise::wait_for_compiles", "")
+      .typed<void()>()
+      .call();
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const int steps = argc > 2 ? std::atoi(argv[2]) : 10;
-  int milliseconds = argc > 3 ? std::atoi(argv[3]) : 0;
+  const int milliseconds = argc > 3 ? std::atoi(argv[3]) : 0;
   const int status = argc > 4 ? std::atoi(argv[4]) : 0;
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [&] {
@@ -61,12 +61,9 @@ int main(int argc, char** argv) {
   torch::set_num_threads(1);
   Training lazy(torch::kLazy), host(torch::kCPU);
   torch::Tensor lazy_loss, host_loss;
-  const char* folder = std::getenv("UNTIL_A_FILE_IN");
+  const bool patient = std::getenv("WAIT_FOR_COMPILES") != nullptr;
   for (int k = 0; k < steps || elapsed() < milliseconds; ++k) {
-    if (folder != nullptr && k % 500 == 0 && has_program(folder)) {
-      milliseconds = static_cast<int>(elapsed()) + 500;
-      folder = nullptr;
-    }
+    if (patient && k % 10 == 9) wait_for_compiles();
     lazy_loss = lazy.step();
     host_loss = host.step();
     if (k % 5 == 4) (void)lazy_loss.item<float>();

@@ -153,10 +153,9 @@ TEST(CacheFolder, IsMadeForItsUserAlone) {
 
 TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
   const std::string folder = make_folder("damaged");
-  const Settings settings{{"REPRISE_CACHE_DIR", folder}, {"REPRISE_LOG", "1"}};
-  const Settings patient{
-      {"REPRISE_CACHE_DIR", folder}, {"REPRISE_LOG", "1"}, {"UNTIL_A_FILE_IN", folder}};
-  const Ended first = train(patient, {"train", "60", "80000"});
+  const Settings settings{
+      {"REPRISE_CACHE_DIR", folder}, {"REPRISE_LOG", "1"}, {"WAIT_FOR_COMPILES", "1"}};
+  const Ended first = train(settings);
   expect_right(first);
   size_t packages = 0;
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
@@ -165,14 +164,14 @@ TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
     ++packages;
   }
   ASSERT_GE(packages, 1u) << first.output;
-  const Ended second = train(settings, {"train", "60", "25000"});
+  const Ended second = train(settings);
   expect_right(second);
   EXPECT_GE(second.count("damaged"), 1u) << second.output;
   EXPECT_GE(second.count("compiled "), 1u) << second.output;
   // And it is good for the next process, which needs no Python then.
   const Ended third = train({{"REPRISE_CACHE_DIR", folder},
-                             {"REPRISE_PYTHON", "/nowhere/python"}},
-                            {"train", "60", "1000"});
+                             {"REPRISE_PYTHON", "/nowhere/python"},
+                             {"WAIT_FOR_COMPILES", "1"}});
   expect_right(third);
   EXPECT_EQ(third.count("[W"), 0u) << third.output;
 }
