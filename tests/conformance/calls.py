@@ -170,8 +170,10 @@ def _short(value: Any) -> str:
 
 
 def _compare_device(actual: Outcome) -> str | None:
+    if actual.device is None:
+        return None
     for path, leaf in leaves(actual.result):
-        if isinstance(leaf, torch.Tensor) and leaf.device.type != (actual.device or leaf.device.type):
+        if isinstance(leaf, torch.Tensor) and leaf.device.type != actual.device:
             return f"result{path}: on {leaf.device}, not on {actual.device}"
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,13 +46,11 @@ def calls_of(named: list[list[Any]]) -> list[Call]:
 class Batch:
     """Runs calls as one segment until a program has run them, and compares."""
 
-    def __init__(self, report: Callable[..., None]) -> None:
-        self.report = report
+    def __init__(self) -> None:
         self.differences: list[Difference] = []
         self.not_compiled: list[dict[str, str]] = []
 
     def check(self, calls: list[Call]) -> None:
-        self.report(calls=len(calls))
         expected = [call.run("cpu") for call in calls]
         torch.ops.reprise.forget_traces()
         try:
@@ -65,6 +62,8 @@ class Batch:
             did = since(before)
         except Exception as error:
             return self._split(calls, f"raises {error_text(error)}", fault=True)
+        if did["ops_recorded"] > 0:
+            return self._split(calls, f"{did['ops_recorded']} ops recorded again", fault=True)
         if did["segments_replayed"] == 0 or did["segments_interpreted"] > 0:
             return self._split(calls, _reason(), fault=False)
         for call, actual, wanted in zip(calls, outcomes, expected):

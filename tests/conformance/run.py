@@ -23,8 +23,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +36,10 @@ from opinfo import COMPILED_DTYPES, FORWARD, KINDS, Group, groups_of, select_ops
 from ways import COMPILED, INTERPRETED, RECORDED, WAYS, Difference  # noqa: E402
 
 UNITS_OF_A_WORKER = 400  # what it has allocated and registered goes with it
+
+# Where the first samples to be compiled are sought. Many an op's first ones do nothing:
+# a dropout with p=0, say.
+SCOUTED_SAMPLES = 12
 
 # What options of the library the three ways need.
 ENVIRONMENT = {
@@ -58,9 +63,11 @@ class Worker:
     START_LIMIT = 120.0
 
     def __init__(self, options: argparse.Namespace, request: dict[str, Any],
-                 environment: dict[str, str]) -> None:
-        self.unit = 0
+                 environment: Mapping[str, str]) -> None:
+        self.unit = -1
         self.sample = -1
+        self.way = ""
+        self.death = ""
         self.limit: float = request["limit"]
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py"), options.library],
@@ -90,14 +97,14 @@ class Worker:
                               else f"ended with status {status}")
                 return
             if "unit" in message:
-                self.unit, self.sample = message["unit"], -1
+                self.unit, self.sample, self.way = message["unit"], -1, ""
                 deadline = time.monotonic() + self.limit
             elif "sample" in message:
                 self.sample = message["sample"]
+            elif "way" in message:
+                self.way = message["way"]
             elif "done" in message:
-                yield message
                 self.unit = message["done"] + 1
-            else:
                 yield message
 
     def _message(self, deadline: float) -> dict[str, Any] | None:
@@ -139,22 +146,23 @@ class Suite:
         self.seconds[name] = time.monotonic() - begun
 
     def drive(self, mode: str, units: list[Unit], on_done: Callable[[Unit, dict], None],
-              on_death: Callable[[Unit, int, str], list[Unit]], *, ways: list[str] = [],
+              on_death: Callable[[Unit, Worker], list[Unit]], *, ways: Sequence[str] = (),
               samples: int = 0, limit: float = 0,
-              environment: dict[str, str] = {}) -> None:
+              environment: Mapping[str, str] = MappingProxyType({})) -> None:
         """Has workers do the units. Where one dies, `on_death` gives what is to be done
         instead of the unit in which it died."""
         while units:
             batch, rest = units[:UNITS_OF_A_WORKER], units[UNITS_OF_A_WORKER:]
-            request = {"mode": mode, "units": batch, "ways": ways, "samples": samples,
+            request = {"mode": mode, "units": batch, "ways": list(ways), "samples": samples,
+                       "wanted": self.options.compiled_samples,
                        "limit": limit or self.options.limit}
             worker = Worker(self.options, request, environment)
             for message in worker.messages():
-                if "done" in message:
-                    on_done(batch[message["done"]], message)
+                on_done(batch[message["done"]], message)
+            if worker.unit < 0:
+                sys.exit(f"a worker {worker.death} before it began; --verbose shows what it says")
             if worker.unit < len(batch):
-                lost = batch[worker.unit]
-                again = on_death(lost, worker.sample, worker.death)
+                again = on_death(batch[worker.unit], worker)
                 rest = again + batch[worker.unit + 1 :] + rest
             units = rest
 
@@ -169,11 +177,8 @@ class Suite:
                 self.notes.append(f"{Group(*unit)}: no samples: {message['unsampled']}")
             self.take(message)
 
-        def on_death(unit: Unit, sample: int, death: str) -> list[Unit]:
-            group = Group(*unit)
-            self.take({"samples": sample + 1, "differences": [
-                Difference(group.name, group.kind, group.dtype, sample, ways[0],
-                           f"the process {death}").as_dict()]})
+        def on_death(unit: Unit, worker: Worker) -> list[Unit]:
+            self.take_death(Group(*unit), worker.sample, worker.way or ways[0], worker)
             return []
 
         self.drive("exact", [as_unit(group) for group in groups], on_done, on_death,
@@ -195,18 +200,15 @@ class Suite:
 
         # What dies there has died, and was reported, in the recorded way.
         self.drive("scout", [as_unit(group) for group in groups], on_scouted,
-                   lambda unit, sample, death: [], samples=self.options.compiled_samples)
+                   lambda unit, worker: [], samples=SCOUTED_SAMPLES)
 
         size = self.options.batch
         batches = [traced[k : k + size] for k in range(0, len(traced), size)]
 
-        def on_death(batch: Unit, sample: int, death: str) -> list[Unit]:
+        def on_death(batch: Unit, worker: Worker) -> list[Unit]:
             if len(batch) > 1:
                 return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-            group, index = Group(*batch[0][:3]), batch[0][3]
-            self.take({"samples": 1, "differences": [
-                Difference(group.name, group.kind, group.dtype, index, COMPILED,
-                           f"the process {death}").as_dict()]})
+            self.take_death(Group(*batch[0][:3]), batch[0][3], COMPILED, worker)
             return []
 
         self.drive("compiled", batches, lambda unit, message: self.take(message), on_death,
@@ -228,6 +230,11 @@ class Suite:
             print(each, flush=True)
         if len(shown) < len(faults):
             print(f"    and {len(faults) - len(shown)} more samples of it", flush=True)
+
+    def take_death(self, group: Group, sample: int, way: str, worker: Worker) -> None:
+        found = Difference(group.name, group.kind, group.dtype, sample, way,
+                           f"the process {worker.death}")
+        self.take({"samples": 1, "differences": [found.as_dict()]})
 
     def exceptions_for(self, found: Difference) -> list[ListedException]:
         return [each for each in self.options.listed if each.covers(found)]
@@ -307,9 +314,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=120, metavar="SECONDS",
                         help="for an op, dtype and kind (default: 120)")
     parser.add_argument("--compiled-samples", type=int, default=2, metavar="N",
-                        help="most to compile for an op and dtype (default: 2)")
-    parser.add_argument("--batch", type=int, default=32, metavar="N",
-                        help="calls in a compiled segment (default: 32)")
+                        help="to compile for an op and dtype: the first that are steps of one "
+                        "segment (default: 2)")
+    parser.add_argument("--batch", type=int, default=40, metavar="N",
+                        help="calls in a compiled segment (default: 40)")
     parser.add_argument("--compile-limit", type=float, default=900, metavar="SECONDS",
                         help="for a compiled segment and the search for calls that cannot be "
                         "compiled (default: 900)")
@@ -322,7 +330,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="print every differing sample, not two of a kind")
     parser.add_argument("--verbose", action="store_true", help="let workers print")
     options = parser.parse_args()
-    options.library = str(Path(options.library).resolve())
+    options.library = os.path.abspath(options.library)
     options.listed = read_exceptions(options.exceptions)
     return options
 

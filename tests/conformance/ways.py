@@ -4,6 +4,7 @@ interpreted."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -71,9 +72,10 @@ def repeats_itself(call: Call, expected: Outcome) -> bool:
     return True
 
 
-def check(call: Call, ways: list[str]) -> Difference | None:
+def check(call: Call, ways: list[str], on_way: Callable[[str], None]) -> Difference | None:
     """The first difference between lazy and eager. The call is made once, which
-    records it, and twice more, which must verify and interpret it."""
+    records it, and twice more, which must verify and interpret it. `on_way` is told what
+    comes next."""
     try:
         expected = call.run("cpu")
     except Exception as error:  # before the call proper
@@ -83,6 +85,7 @@ def check(call: Call, ways: list[str]) -> Difference | None:
     for way in (RECORDED, INTERPRETED, INTERPRETED):
         if way == INTERPRETED and INTERPRETED not in ways:
             break
+        on_way(way)
         try:
             actual, did = run_marked(call)
             found = difference(call, actual, expected, exact=True)

@@ -1,18 +1,19 @@
 """Works on units of calls, as told on standard input, and says on standard output
 where it is, so that whoever started it knows where it ended, however it ended.
 
-Both are lines of JSON. In: {"mode": ..., "units": [...], "samples": N, "ways": [...]}.
-Out, for each unit: {"unit": n}, any number of {"sample": index} and other remarks, and
-{"done": n, ...}. A unit is
+Both are lines of JSON. In: {"mode": ..., "units": [...], "ways": [...], "samples": most
+of a unit, "wanted": most that a scout is to find}. Out, for each unit: {"unit": n}, any
+number of {"sample": index} and {"way": name}, and {"done": n, ...}. A unit is
 
 - in mode `exact`: [op index, kind, dtype], to be compared in the recorded and the
   interpreted way;
-- in mode `scout`: the same, to be asked which samples stay in one segment;
+- in mode `scout`: the same, to be asked which samples are steps of one segment;
 - in mode `compiled`: a list of [op index, kind, dtype, sample], to be compiled at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -43,6 +44,7 @@ class Worker:
         self.report = report
         self.most_samples: int = request["samples"]
         self.ways: list[str] = request["ways"]
+        self.wanted: int = request["wanted"]
         self.unsampled: str | None = None
 
     def calls(self, unit: list[Any]) -> Iterator[Call]:
@@ -65,15 +67,19 @@ class Worker:
         differences, count = [], 0
         for call in self.calls(unit):
             count += 1
-            if (found := check(call, self.ways)) is not None:
+            if (found := check(call, self.ways, self.begin_way)) is not None:
                 differences.append(found.as_dict())
         return {"samples": count, "differences": differences, "unsampled": self.unsampled}
 
+    def begin_way(self, way: str) -> None:
+        self.report(way=way)
+
     def scout(self, unit: list[Any]) -> dict[str, Any]:
-        return {"traced": [call.index for call in self.calls(unit) if stays_in_a_segment(call)]}
+        fit = (call.index for call in self.calls(unit) if stays_in_a_segment(call))
+        return {"traced": list(itertools.islice(fit, self.wanted))}
 
     def compiled(self, unit: list[list[Any]]) -> dict[str, Any]:
-        batch = Batch(self.report)
+        batch = Batch()
         batch.check(calls_of(unit))
         return {
             "samples": len(unit),

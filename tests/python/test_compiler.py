@@ -199,6 +199,22 @@ class Arguments(CompilerTest):
         self.check(f, [torch.randn(4, 8)])
 
 
+    def test_dtypes_and_formats_of_fallbacks(self):
+        def f(x):
+            y = x.cfloat()
+            swapped = y.transpose(0, 2)
+            return (
+                x.cdouble(),
+                y.sum(1, dtype=torch.complex128),
+                torch.ones_like(y, dtype=torch.complex128),
+                swapped.clone(memory_format=torch.contiguous_format),
+                swapped.clone(memory_format=torch.preserve_format),
+                torch.zeros_like(swapped, layout=torch.strided),
+            )
+
+        self.check(f, [torch.randn(4, 3, 2)])
+
+
 class Inputs(CompilerTest):
     def test_strided_and_offset(self):
         base = torch.randn(40)

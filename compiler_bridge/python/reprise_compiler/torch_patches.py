@@ -30,6 +30,7 @@ from torch._inductor import (
     lowering,
     pattern_matcher,
 )
+from torch._export.serde import schema, serialize
 from torch._inductor.codegen import common, cpp, cpp_wrapper_cpu
 from torch._inductor.exc import CppCompileError
 from torch._inductor.virtualized import V
@@ -57,6 +58,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield from _host_patches()
     yield cpu_vec_isa.VecISA, "check_build", vec_isa.check_build
     yield pattern_matcher._TargetArgsExpr, "_match", _match_scales_too
+    yield serialize.GraphModuleSerializer, "serialize_inputs", _serialize_inputs
     yield common.KernelArgs, "cpp_argdefs", _cpp_argdefs
     yield cpp.CppKernel, "decide_parallel_depth", _decide_parallel_depth
     yield cpp.LoopNest, "max_parallel_depth", _max_parallel_depth
@@ -98,6 +100,42 @@ def _match_scales_too(self, node, ctx):
             if node.kwargs.get(name, 1) != 1 and name not in self.kwargs:
                 return pattern_matcher.FailedMatch("a factor that the pattern lacks")
     return _stock_match(self, node, ctx)
+
+
+_stock_serialize_inputs = serialize.GraphModuleSerializer.serialize_inputs
+
+# c10/core/ScalarType.h and c10/core/MemoryFormat.h, by torch.export's codes.
+_C10_DTYPES = {schema.ScalarType[name]: code for code, name in enumerate(
+    ["BYTE", "CHAR", "SHORT", "INT", "LONG", "HALF", "FLOAT", "DOUBLE", "COMPLEXHALF",
+     "COMPLEXFLOAT", "COMPLEXDOUBLE", "BOOL"])} | {
+    schema.ScalarType.BFLOAT16: 15, schema.ScalarType.FLOAT8E5M2: 23,
+    schema.ScalarType.FLOAT8E4M3FN: 24, schema.ScalarType.FLOAT8E5M2FNUZ: 25,
+    schema.ScalarType.FLOAT8E4M3FNUZ: 26, schema.ScalarType.UINT16: 27,
+}  # fmt: skip
+_C10_MEMORY_FORMATS = {
+    schema.MemoryFormat.ContiguousFormat: 0, schema.MemoryFormat.PreserveFormat: 1,
+    schema.MemoryFormat.ChannelsLast: 2, schema.MemoryFormat.ChannelsLast3d: 3,
+}  # fmt: skip
+_C10_LAYOUTS = {schema.Layout.Strided: 0}
+
+
+def _serialize_inputs(self, target, args, kwargs=None):
+    """Writes dtypes, memory formats and layouts by c10's codes: what runs packages
+    (oss_proxy_executor.cpp, torch 2.11) takes them for these, while torch.export
+    counts otherwise. `x.cdouble()` made booleans.
+    """
+    named = _stock_serialize_inputs(self, target, args, kwargs)
+    for argument in named:
+        kind = str(argument.arg.type)
+        codes = {
+            "as_scalar_type": _C10_DTYPES,
+            "as_memory_format": _C10_MEMORY_FORMATS,
+            "as_layout": _C10_LAYOUTS,
+        }.get(kind)
+        if codes is not None:
+            code = codes[argument.arg.value]
+            argument.arg = schema.Argument.create(**{kind: code})
+    return named
 
 
 def _host_patches() -> Iterator[tuple[Any, str, Any]]:
