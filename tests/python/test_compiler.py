@@ -401,6 +401,8 @@ class TheHostProgram(CompilerTest):
         before = torch.get_rng_state()
         seen = []
         stock_flags, stock_state = torch.backends.mkldnn.set_flags, torch.set_rng_state
+        stock_anomaly = torch.set_anomaly_enabled
+        torch.set_anomaly_enabled = lambda on, *a: seen.append("anomaly") if on else None
         torch.backends.mkldnn.set_flags = lambda *a: seen.append("mkldnn") or stock_flags(*a)
         torch.set_rng_state = torch.random.set_rng_state = lambda *a: seen.append("rng")
         try:
@@ -408,6 +410,7 @@ class TheHostProgram(CompilerTest):
         finally:
             torch.backends.mkldnn.set_flags = stock_flags
             torch.set_rng_state = torch.random.set_rng_state = stock_state
+            torch.set_anomaly_enabled = stock_anomaly
         self.assertEqual(seen, [])
         self.assertTrue(torch.equal(before, torch.get_rng_state()))
 

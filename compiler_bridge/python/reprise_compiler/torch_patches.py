@@ -145,6 +145,9 @@ def _host_patches() -> Iterator[tuple[Any, str, Any]]:
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get("preserve_rng_state") is stock:
             yield module, "preserve_rng_state", contextlib.nullcontext
+    # Anomaly mode holds for the whole process: while AOTAutograd traces, each op under
+    # autograd that the host runs would wait for the GIL, for its Python stack.
+    yield torch.autograd, "detect_anomaly", lambda **_: contextlib.nullcontext()
     # (`torch.export` would also turn oneDNN, NNPACK and cuDNN off for the whole
     # process while it traces, _ignore_backend_decomps; it is not used.)
 
