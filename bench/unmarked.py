@@ -81,15 +81,24 @@ def measure(name, options, arguments, folder):
     interpreted = once("interpreted", "lazy", environment={"REPRISE_COMPILE": "0"})
     # The cold run goes on until its programs are there, for the warm one to load.
     cold = once("cold", "lazy", ["--steps", str(arguments.cold_steps(eager))], cache)
-    warm = once("warm", "lazy", environment=cache)
     once("marked_cold", "lazy", ["--mark-steps", "--steps",
                                  str(arguments.cold_steps(eager))], cache)  # fmt: skip
-    marked = once("marked", "lazy", ["--mark-steps"], cache)
-    eager_again = once("eager_again", arguments.eager)
+    # In turns: what slows the machine for a while slows all three.
+    rounds = [
+        (
+            once("eager", arguments.eager),
+            once("warm", "lazy", environment=cache),
+            once("marked", "lazy", ["--mark-steps"], cache),
+        )
+        for _ in range(arguments.rounds)
+    ]
+    eager_step, warm_step, marked_step = (
+        statistics.median(late_median(result) for result in kind) for kind in zip(*rounds)
+    )
+    eager, warm, _ = rounds[-1]
 
     counts = warm["reprise"]["statistics"]
     segments = counts["segments_replayed"] + counts["segments_interpreted"]
-    eager_step = min(late_median(eager), late_median(eager_again))
     peak = "peak_cpu_tensor_bytes" if arguments.eager == "cpu" else "peak_accelerator_tensor_bytes"
     return Row(
         program=name,
@@ -97,8 +106,8 @@ def measure(name, options, arguments, folder):
         segments=counts["segments_recorded"],
         replayed=counts["segments_replayed"] / segments if segments else 0.0,
         peak=warm[peak] / eager[peak],
-        against_eager=eager_step / late_median(warm),
-        against_marked=late_median(marked) / late_median(warm),
+        against_eager=eager_step / warm_step,
+        against_marked=marked_step / warm_step,
         compiling_median=statistics.median(cold["step_seconds"][: arguments.steps]) / eager_step,
         compiling_worst=max(cold["step_seconds"][2:]) / eager_step,
         same=interpreted["log"] == eager["log"],
@@ -129,6 +138,7 @@ def main():
     parser.add_argument("--eager", default="cpu", help="eager's device: cpu or cuda")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5, help="of the timed runs")
     parser.add_argument("--only", default="", help="examples whose names contain this")
     parser.add_argument("--compile-seconds", type=float, default=60.0,
                         help="how long the first run lasts, for its programs to be compiled")
