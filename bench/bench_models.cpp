@@ -121,8 +121,8 @@ Row measure(const bench::Workload& workload) {
   bench::EagerProcess eager(workload.name(), eager_device);
   const auto settled = reprise::statistics();
   row.timing = bench::time_in_pairs(
-      [&] { return eager.step(); },
-      [&] { return bench::seconds_of([&] { lazy_step(row.lazy); }); });
+      [&](int64_t steps) { return eager.steps(steps); },
+      [&](int64_t steps) { return bench::seconds_of(steps, [&] { lazy_step(row.lazy); }); });
   const auto after = reprise::statistics();
   const auto replayed = static_cast<double>(after.segments_replayed - settled.segments_replayed);
   const auto segments = replayed +

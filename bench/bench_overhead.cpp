@@ -30,10 +30,13 @@ struct Mode {
   std::function<void()> timed;
   std::function<void()> clean_up;
 
-  double run() const {
-    prepare();
-    const double seconds = bench::seconds_of(timed);
-    clean_up();
+  double run(int64_t repetitions) const {
+    double seconds = 0.0;
+    for (int64_t k = 0; k < repetitions; ++k) {
+      prepare();
+      seconds += bench::seconds_of(1, timed);
+      clean_up();
+    }
     return seconds;
   }
 };
@@ -42,12 +45,13 @@ void measure(benchmark::State& state, const Mode& eager, const Mode& mode) {
   torch::NoGradGuard no_grad;
   reprise::options().compile = mode.compile;
   for (int step = 0; step < kSettlingSteps; ++step) {
-    mode.run();
+    mode.run(1);
     reprise::wait_for_compiles();
   }
   const auto before = reprise::statistics();
   const auto timing = bench::time_in_pairs(
-      [&] { return eager.run(); }, [&] { return mode.run(); });
+      [&](int64_t times) { return eager.run(times); },
+      [&](int64_t times) { return mode.run(times); });
   const auto after = reprise::statistics();
 
   for (auto _ : state) {

@@ -91,8 +91,8 @@ Row measure(const bench::Workload& workload) {
       bench::max_relative_difference({workload.on(torch::kCPU).step()}, {row.lazy.step()});
   bench::EagerProcess eager(workload.name(), torch::kCPU);
   row.timing = bench::time_in_pairs(
-      [&] { return eager.step(); },
-      [&] { return bench::seconds_of([&] { lazy_step(row.lazy); }); });
+      [&](int64_t steps) { return eager.steps(steps); },
+      [&](int64_t steps) { return bench::seconds_of(steps, [&] { lazy_step(row.lazy); }); });
   return row;
 }
 
@@ -131,8 +131,8 @@ void run_chain(benchmark::State& state) {
     sync();
   };
   const auto timing = bench::time_in_pairs(
-      [&] { return bench::seconds_of([&] { bench::chain(x, factor); }); },
-      [&] { return bench::seconds_of(step); });
+      [&](int64_t times) { return bench::seconds_of(times, [&] { bench::chain(x, factor); }); },
+      [&](int64_t times) { return bench::seconds_of(times, step); });
   for (auto _ : state) {
     step();
   }

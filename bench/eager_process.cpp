@@ -100,10 +100,9 @@ EagerProcess::~EagerProcess() {
   ::waitpid(child_, nullptr, 0);
 }
 
-double EagerProcess::step() {
-  char go = 1;
+double EagerProcess::steps(int64_t count) {
   double seconds = 0.0;
-  if (!send(ask_, &go, sizeof go) || !receive(answer_, &seconds, sizeof seconds)) {
+  if (!send(ask_, &count, sizeof count) || !receive(answer_, &seconds, sizeof seconds)) {
     throw std::runtime_error("the process of eager steps has ended");
   }
   return seconds;
@@ -116,8 +115,8 @@ bool served_eager_steps(int argc, char** argv) {
   set_threads();
   const c10::Device device(argv[3]);
   auto job = workload_named(argv[2]).on(device);
-  for (char go; receive(kAskFd, &go, sizeof go);) {
-    double seconds = seconds_of([&] {
+  for (int64_t count; receive(kAskFd, &count, sizeof count);) {
+    double seconds = seconds_of(count, [&] {
       const auto output = job.step();
       if (device.is_cuda()) {
         torch::cuda::synchronize(device.index());

@@ -9,6 +9,7 @@
 #include <c10/core/Device.h>
 #include <sys/types.h>
 
+#include <cstdint>
 #include <string>
 
 namespace bench {
@@ -22,9 +23,9 @@ class EagerProcess {
   EagerProcess(const EagerProcess&) = delete;
   EagerProcess& operator=(const EagerProcess&) = delete;
 
-  /// Does one step there; returns its seconds as measured there. Throws
+  /// Does so many steps there; returns their seconds as measured there. Throws
   /// std::runtime_error when the process has ended.
-  double step();
+  double steps(int64_t count);
 
  private:
   pid_t child_ = -1;

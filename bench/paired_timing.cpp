@@ -1,9 +1,13 @@
 #include "paired_timing.h"
 
+#include <torch/utils.h>
+
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <thread>
 
 namespace bench {
 
@@ -12,6 +16,10 @@ namespace {
 constexpr int64_t kFewestPairs = 10;
 constexpr int64_t kMostPairs = 2000;
 constexpr double kDefaultBudget_s = 2.0;
+constexpr double kShortestTurn_s = 4e-3;
+// After a parallel region libgomp's threads go on spinning for some milliseconds: those
+// of the one process would take the cores of the other.
+constexpr auto kPauseBetweenTurns = std::chrono::milliseconds(20);
 
 double median(std::vector<double> values) {
   const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
@@ -36,19 +44,27 @@ double relative_difference(const torch::Tensor& expected, const torch::Tensor& a
 
 }  // namespace
 
-double seconds_of(const std::function<void()>& work) {
+double seconds_of(int64_t repetitions, const std::function<void()>& work) {
   const auto begin = std::chrono::steady_clock::now();
-  work();
+  for (int64_t k = 0; k < repetitions; ++k) {
+    work();
+  }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
 PairedTiming time_in_pairs(const Timed& baseline, const Timed& candidate) {
   const char* const seconds = std::getenv("REPRISE_BENCH_SECONDS");
   const double budget_s = seconds ? std::atof(seconds) : kDefaultBudget_s;
+  double shortest_s = kShortestTurn_s;
   for (int warm_up = 0; warm_up < 3; ++warm_up) {
-    baseline();
-    candidate();
+    shortest_s = std::min({shortest_s, baseline(1), candidate(1)});
   }
+  const auto turn = static_cast<int64_t>(std::ceil(kShortestTurn_s / shortest_s));
+  const auto pause = [] {
+    if (torch::get_num_threads() > 1) {
+      std::this_thread::sleep_for(kPauseBetweenTurns);
+    }
+  };
   std::vector<double> baseline_s, candidate_s, ratios;
   const auto begin = std::chrono::steady_clock::now();
   const auto elapsed_s = [&] {
@@ -56,8 +72,10 @@ PairedTiming time_in_pairs(const Timed& baseline, const Timed& candidate) {
   };
   for (int64_t pair = 0; pair < kMostPairs && (pair < kFewestPairs || elapsed_s() < budget_s);
        ++pair) {
-    baseline_s.push_back(baseline());
-    candidate_s.push_back(candidate());
+    pause();
+    baseline_s.push_back(baseline(turn) / static_cast<double>(turn));
+    pause();
+    candidate_s.push_back(candidate(turn) / static_cast<double>(turn));
     ratios.push_back(baseline_s.back() / candidate_s.back());
   }
   const auto pairs = static_cast<int64_t>(ratios.size());

@@ -12,20 +12,23 @@
 
 namespace bench {
 
-/// Called for one repetition; returns its time in seconds, so that it can leave
+/// Does so many repetitions; returns their time in seconds, so that it can leave
 /// preparations out.
-using Timed = std::function<double()>;
+using Timed = std::function<double(int64_t repetitions)>;
 
-/// Seconds that `work` takes, for use in a `Timed`.
-double seconds_of(const std::function<void()>& work);
+/// Seconds that so many repetitions of `work` take, for use in a `Timed`.
+double seconds_of(int64_t repetitions, const std::function<void()>& work);
 
 struct PairedTiming {
-  double baseline_s = 0.0;   ///< Median time of the baseline.
-  double candidate_s = 0.0;  ///< Median time of the candidate.
+  double baseline_s = 0.0;   ///< Median time of a repetition of the baseline.
+  double candidate_s = 0.0;  ///< The same of the candidate.
   double speedup = 0.0;      ///< Median of baseline / candidate over the pairs.
   int64_t pairs = 0;
 };
 
+/// A turn lasts for some milliseconds, however short a repetition is: as in a program,
+/// most of them follow one of their own kind and find their caches warm.
+///
 /// Runs pairs for the seconds that the environment's `REPRISE_BENCH_SECONDS` says, 2
 /// by default; at least 10 and at most 2,000 of them.
 PairedTiming time_in_pairs(const Timed& baseline, const Timed& candidate);

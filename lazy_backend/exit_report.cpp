@@ -4,7 +4,6 @@
 #include <torch/csrc/lazy/core/metrics.h>
 
 #include <fstream>
-#include <numeric>
 #include <sstream>
 #include <utility>
 
