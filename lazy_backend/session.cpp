@@ -378,18 +378,20 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
   const auto arguments = call_arguments(op, *stack);
   const c10::IValue* args = arguments.data();
   const size_t count = arguments.size();
-  const uint32_t size = current_.size();
-  const size_t scalars = current_.scalars.size();
+  const c10::DeviceIndex device_index = device_index_of(arguments, how);
+  const auto is_candidate = [&](const Node* child) {
+    return child->step->op == op && child->step->device_index == device_index;
+  };
   Node* found = nullptr;
   for (Node* child = cursor_->child; child != nullptr; child = child->sibling) {
-    if (child->step->op == op && match(child, args, count, false, nullptr)) {
+    if (is_candidate(child) && match(child, args, count, false, nullptr)) {
       found = child;
       break;
     }
   }
   if (found == nullptr && !how.constant_floats) {
     for (Node* child = cursor_->child; child != nullptr; child = child->sibling) {
-      if (child->step->op != op || !match(child, args, count, true, nullptr)) continue;
+      if (!is_candidate(child) || !match(child, args, count, true, nullptr)) continue;
       generalise(child, args, count);
       if (match(child, args, count, false, nullptr)) {
         found = child;
@@ -400,11 +402,6 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
   if (found == nullptr) return false;
 
   const Step& step = *found->step;
-  if (step.device_index != device_index_of(arguments, how)) {
-    current_.rollback(size);
-    current_.scalars.resize(scalars);
-    return false;
-  }
   c10::SmallVector<c10::IValue, 4> results;
   const std::function<c10::IValue(const Result&)> make = [&](const Result& result) -> c10::IValue {
     switch (result.kind) {
