@@ -4,6 +4,8 @@
 ///   eager_ms, reprise_ms   median time of a step, taken in turns; eager in its own process
 ///   speedup                median of their ratio
 ///   max_rel_diff           of losses, outputs, gradients and moments, see max_relative_difference
+///   float64_diff           of Reprise's from eager's in float64
+///   eager_float64_diff     the same for eager's own: what the model's dtype loses anyway
 ///   programs               programs compiled, or loaded from the artifact store, for it
 ///   first_compiled_step_s  from the first step to the end of the first compiled one
 ///   compiled               share of the timed segments that ran as compiled programs
@@ -31,6 +33,8 @@ constexpr double kComparedLearningRate = 1e-9;  // see Job::set_learning_rate
 struct Row {
   bench::PairedTiming timing;
   double max_rel_diff = 0.0;
+  double float64_diff = 0.0;
+  double eager_float64_diff = 0.0;
   double programs = 0.0;
   double compiled = 0.0;
   std::optional<double> first_compiled_step_s;
@@ -84,28 +88,30 @@ void step_until_settled(bench::Job& job) {
   }
 }
 
-/// Compares fresh jobs, whose lazy one finds the programs of this row compiled.
-double difference_from_eager(const bench::Workload& workload, torch::Device eager_device) {
-  auto eager = workload.on(eager_device);
-  auto lazy = workload.on(torch::kLazy);
-  for (auto* job : {&eager, &lazy}) {
-    if (job->set_learning_rate) {
-      job->set_learning_rate(kComparedLearningRate);
-    }
+/// Outputs or losses of some steps of a fresh job, and what else there is to compare.
+std::vector<torch::Tensor> numbers_of(bench::Job job) {
+  if (job.set_learning_rate) {
+    job.set_learning_rate(kComparedLearningRate);
   }
-  std::vector<torch::Tensor> expected, actual;
+  std::vector<torch::Tensor> numbers;
   for (int step = 0; step < kComparedSteps; ++step) {
-    expected.push_back(eager.step().clone());
-    actual.push_back(lazy.step().clone());
+    numbers.push_back(job.step().clone());
     reprise::sync();
   }
-  for (const auto& tensor : eager.state()) {
-    expected.push_back(tensor);
+  for (const auto& tensor : job.state()) {
+    numbers.push_back(tensor.to(torch::kCPU));
   }
-  for (const auto& tensor : lazy.state()) {
-    actual.push_back(tensor);
-  }
-  return bench::max_relative_difference(expected, actual);
+  return numbers;
+}
+
+/// Compares fresh jobs, whose lazy one finds the programs of this row compiled.
+void compare(const bench::Workload& workload, torch::Device eager_device, Row& row) {
+  const auto exact = numbers_of(workload.on(eager_device, torch::kDouble));
+  const auto eager = numbers_of(workload.on(eager_device));
+  const auto lazy = numbers_of(workload.on(torch::kLazy));
+  row.max_rel_diff = bench::max_relative_difference(eager, lazy);
+  row.float64_diff = bench::max_relative_difference(exact, lazy);
+  row.eager_float64_diff = bench::max_relative_difference(exact, eager);
 }
 
 Row measure(const bench::Workload& workload) {
@@ -115,7 +121,7 @@ Row measure(const bench::Workload& workload) {
   row.lazy = workload.on(torch::kLazy);
   row.first_compiled_step_s = step_until_compiled(row.lazy);
   step_until_settled(row.lazy);
-  row.max_rel_diff = difference_from_eager(workload, eager_device);
+  compare(workload, eager_device, row);
   reprise::wait_for_compiles();
 
   bench::EagerProcess eager(workload.name(), eager_device);
@@ -150,6 +156,8 @@ void run(benchmark::State& state, const bench::Workload& workload) {
   state.counters["speedup"] = row.timing.speedup;
   state.counters["pairs"] = static_cast<double>(row.timing.pairs);
   state.counters["max_rel_diff"] = row.max_rel_diff;
+  state.counters["float64_diff"] = row.float64_diff;
+  state.counters["eager_float64_diff"] = row.eager_float64_diff;
   state.counters["programs"] = row.programs;
   state.counters["compiled"] = row.compiled;
   if (row.first_compiled_step_s) {

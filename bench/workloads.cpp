@@ -36,6 +36,24 @@ struct Classification {
   std::function<Example()> example;
 };
 
+/// Moves a tensor to a device; one of floating-point numbers to the dtype too, if given.
+torch::Tensor moved(const torch::Tensor& tensor, const torch::TensorOptions& where) {
+  return where.has_dtype() && tensor.is_floating_point() ? tensor.to(where)
+                                                         : tensor.to(where.device());
+}
+
+/// The same for the parameters and buffers of a module. (Module::to converts masks too.)
+void move(torch::nn::Module& module, const torch::TensorOptions& where) {
+  module.to(where.device());
+  if (where.has_dtype()) {
+    for (auto tensors : {module.parameters(), module.buffers()}) {
+      for (auto& tensor : tensors) {
+        tensor.set_data(moved(tensor, where));
+      }
+    }
+  }
+}
+
 torch::Tensor all_gradients(const torch::nn::Module& module) {
   std::vector<torch::Tensor> gradients;
   for (const auto& parameter : module.parameters()) {
@@ -63,10 +81,10 @@ void set_rate(torch::optim::Optimizer& optimizer, double rate) {
 /// A job that computes `forward` of a module and its input, and keeps nothing else.
 template <typename Model, typename Forward>
 Job forward_job(
-    Model model, const torch::Tensor& input, torch::Device device, Forward forward) {
-  model->to(device);
+    Model model, const torch::Tensor& input, const torch::TensorOptions& where, Forward forward) {
+  move(*model, where);
   model->eval();
-  const auto on_device = std::make_shared<torch::Tensor>(input.to(device));
+  const auto on_device = std::make_shared<torch::Tensor>(moved(input, where));
   const auto step = [=]() mutable {
     torch::NoGradGuard no_grad;
     return forward(*model, *on_device);
@@ -80,22 +98,22 @@ Job forward_job(
 }
 
 template <typename Model>
-Job inference(const Classification<Model>& task, torch::Device device) {
+Job inference(const Classification<Model>& task, const torch::TensorOptions& where) {
   torch::manual_seed(kSeed);
   Model model = task.model();
   return forward_job(
-      model, task.example().input, device,
+      model, task.example().input, where,
       [](auto& module, const torch::Tensor& input) { return module.forward(input); });
 }
 
 template <typename Model>
-Job training(const Classification<Model>& task, torch::Device device) {
+Job training(const Classification<Model>& task, const torch::TensorOptions& where) {
   torch::manual_seed(kSeed);
   Model model = task.model();
   const auto example = task.example();
-  const auto input = example.input.to(device);
-  const auto target = example.target.to(device);
-  model->to(device);
+  const auto input = moved(example.input, where);
+  const auto target = moved(example.target, where);
+  move(*model, where);
   const auto optimizer = std::make_shared<torch::optim::Adam>(
       model->parameters(), torch::optim::AdamOptions(kLearningRate));
   const auto step = [=]() mutable {
@@ -120,8 +138,8 @@ Job training(const Classification<Model>& task, torch::Device device) {
 template <typename Model>
 void add(
     std::vector<Workload>& rows, const std::string& name, const Classification<Model>& task) {
-  rows.push_back({name, "forward", [=](torch::Device device) { return inference(task, device); }});
-  rows.push_back({name, "train", [=](torch::Device device) { return training(task, device); }});
+  rows.push_back({name, "forward", [=](const torch::TensorOptions& where) { return inference(task, where); }});
+  rows.push_back({name, "train", [=](const torch::TensorOptions& where) { return training(task, where); }});
 }
 
 Example random_text(int64_t batch, int64_t length, int64_t vocabulary) {
@@ -167,27 +185,27 @@ Classification<cpp_models::Gpt> gpt(cpp_models::Attention attention) {
       [=] { return random_text(kGptBatch, options.context, options.vocabulary); }};
 }
 
-Job dcgan_generation(torch::Device device) {
+Job dcgan_generation(const torch::TensorOptions& where) {
   torch::manual_seed(kSeed);
   const cpp_models::DcganOptions options;
   cpp_models::DcganGenerator generator(options);
   return forward_job(
-      generator, torch::randn({kImageBatch, options.latent}), device,
+      generator, torch::randn({kImageBatch, options.latent}), where,
       [](auto& module, const torch::Tensor& noise) { return module.forward(noise); });
 }
 
 /// A step of the discriminator on real and generated images, then one of the generator.
-Job dcgan_training(torch::Device device) {
+Job dcgan_training(const torch::TensorOptions& where) {
   torch::manual_seed(kSeed);
   const cpp_models::DcganOptions options;
   cpp_models::DcganGenerator generator(options);
   cpp_models::DcganDiscriminator discriminator(options);
-  const auto noise = torch::randn({kImageBatch, options.latent}).to(device);
-  const auto images =
-      torch::rand({kImageBatch, options.channels, options.image_size, options.image_size})
-          .to(device);
-  generator->to(device);
-  discriminator->to(device);
+  const auto noise = moved(torch::randn({kImageBatch, options.latent}), where);
+  const auto images = moved(
+      torch::rand({kImageBatch, options.channels, options.image_size, options.image_size}),
+      where);
+  move(*generator, where);
+  move(*discriminator, where);
   const auto adam = torch::optim::AdamOptions(kLearningRate).betas({0.5, 0.999});
   const auto generator_optimizer =
       std::make_shared<torch::optim::Adam>(generator->parameters(), adam);
@@ -233,19 +251,24 @@ cpp_models::Argon argon() {
   return cpp_models::Argon(cpp_models::ArgonOptions{});
 }
 
-Job argon_energy(torch::Device device) {
+Job argon_energy(const torch::TensorOptions& where) {
   const auto model = argon();
   return forward_job(
-      model, model->initial_state().positions, device,
+      model, model->initial_state().positions, where,
       [](auto& module, const torch::Tensor& positions) {
         return module.potential_energy(positions);
       });
 }
 
-Job argon_step(torch::Device device) {
+Job argon_step(const torch::TensorOptions& where) {
   auto model = argon();
-  model->to(device);
-  const auto state = std::make_shared<cpp_models::ArgonState>(model->initial_state());
+  const auto begin = model->initial_state();
+  move(*model, where);
+  const auto state = std::make_shared<cpp_models::ArgonState>(cpp_models::ArgonState{
+      .positions = moved(begin.positions, where),
+      .velocities = moved(begin.velocities, where),
+      .forces = moved(begin.forces, where),
+      .potential_energy = moved(begin.potential_energy, where)});
   const auto step = [=] {
     *state = model->forward(*state);
     return state->potential_energy;
@@ -261,19 +284,19 @@ Job argon_step(torch::Device device) {
       .input = nullptr};
 }
 
-Job option_price(torch::Device device) {
+Job option_price(const torch::TensorOptions& where) {
   torch::manual_seed(kSeed);
   cpp_models::OptionPricer pricer(cpp_models::OptionContract{});
   return forward_job(
-      pricer, torch::randn({1, kPaths}), device,
+      pricer, torch::randn({1, kPaths}), where,
       [](auto& module, const torch::Tensor& normals) { return module.forward(normals).mean(); });
 }
 
-Job option_greeks(torch::Device device) {
+Job option_greeks(const torch::TensorOptions& where) {
   torch::manual_seed(kSeed);
   cpp_models::OptionPricer pricer(cpp_models::OptionContract{});
-  pricer->to(device);
-  const auto normals = torch::randn({1, kPaths}).to(device);
+  move(*pricer, where);
+  const auto normals = moved(torch::randn({1, kPaths}), where);
   const auto step = [=] {
     const auto value = pricer->value(normals);
     return torch::stack(

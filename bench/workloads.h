@@ -36,7 +36,15 @@ struct Job {
 struct Workload {
   std::string model;
   std::string mode;  ///< "forward", "train", or what a simulation calls its step.
-  std::function<Job(torch::Device)> on;
+
+  /// Makes its job on a device: in the model's own floating-point types, or in the one
+  /// that is given, then from the same numbers, converted.
+  std::function<Job(const torch::TensorOptions&)> make;
+
+  Job on(torch::Device device) const { return make(torch::TensorOptions(device)); }
+  Job on(torch::Device device, torch::Dtype dtype) const {
+    return make(torch::TensorOptions(device).dtype(dtype));
+  }
 
   std::string name() const { return model + "/" + mode; }
   bool is_forward() const { return mode == "forward"; }
