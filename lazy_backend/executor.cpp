@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <optional>
+#include <utility>
 
 #include "compiler_bridge/compile_queue.h"
 #include "lazy_backend/device.h"
@@ -218,24 +219,18 @@ void request_program(SegmentEnd& end, const Segment& segment) {
 }
 
 void demote_if_slower(SegmentEnd& end) {
-  if (!end.program_time.enough() || !end.interpreter_time.enough()) return;
-  const double program = end.program_time.median(), interpreter = end.interpreter_time.median();
-  if (program <= interpreter) return;
-  end.program->problem = c10::str("demoted: ", program * 1e6, " us against ",
-                                  interpreter * 1e6, " us interpreted");
+  const Contest& contest = end.contest;
+  if (!contest.program_lost()) return;
+  end.program->problem = c10::str(
+      "demoted: lost ", contest.pairs_lost(), " of ", contest.pairs(),
+      " turns against the interpreter, the last with ", contest.last_program_seconds() * 1e6,
+      " us to ", contest.last_interpreter_seconds() * 1e6, " us");
   end.program->state = Program::State::kDemoted;
   metrics().programs_demoted.add(1);
   REPRISE_LOG(1, end.name, " ", end.program->problem);
 }
 
 }  // namespace
-
-double Timings::median() const {
-  double sorted[kEnough];
-  std::copy(seconds_, seconds_ + count_, sorted);
-  std::nth_element(sorted, sorted + count_ / 2, sorted + count_);
-  return sorted[count_ / 2];
-}
 
 SegmentEnd& end_of(Node& node) {
   if (!node.end) {
@@ -257,40 +252,25 @@ void launch(Node& node, Segment& segment) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
 
   if (end.wider != nullptr && end.wider->state != Program::State::kQueued) {
-    if (end.wider->state == Program::State::kReady) {
-      end.program = end.wider;
-      end.program_time.clear();
-      end.replayed_now = 0;
-    }
+    if (end.wider->state == Program::State::kReady) end.serve(end.wider);
     end.wider = nullptr;
   }
   Program* program = end.program.get();
-  const bool timing = options().demote_slow_programs;
+  const bool timing = options().demote_slow_programs && !end.contest.decided();
   if (program != nullptr && program->state == Program::State::kReady &&
       covers(*program, segment)) {
-    // The first runs of both are warm-ups; then they take turns until there are
-    // enough timings to tell which is faster.
-    const bool undecided =
-        timing && !(end.program_time.enough() && end.interpreter_time.enough());
-    const bool interpreters_turn = undecided && end.replayed_now >= 2 &&
-                                   !end.interpreter_time.enough() &&
-                                   end.interpreter_time.count() < end.program_time.count();
-    if (!interpreters_turn) {
+    if (!timing || end.contest.next() == Contest::Runner::kProgram) {
       RECORD_FUNCTION(end.replay_range, std::vector<c10::IValue>());
-      const auto start = undecided ? Clock::now() : Clock::time_point();
-      const bool first = end.replayed_now == 0;
+      const auto start = timing ? Clock::now() : Clock::time_point();
+      const bool first = !std::exchange(end.program_has_run, true);
       // A program that cannot run shows it the first time.
       std::optional<Snapshot> before;
       if (first && program->writes_inputs) before.emplace(*program, segment);
       try {
         run_program(*program, segment, first);
         ++end.replayed;
-        ++end.replayed_now;
         metrics().segments_replayed.add(1);
-        if (undecided) {
-          if (end.replayed_now > 2) end.program_time.add(seconds_since(start));
-          demote_if_slower(end);
-        }
+        if (timing) end.contest.program_took(seconds_since(start));
         return;
       } catch (const std::exception& error) {
         program->problem = error.what();
@@ -312,12 +292,14 @@ void launch(Node& node, Segment& segment) {
 
   {
     RECORD_FUNCTION(end.interpret_range, std::vector<c10::IValue>());
-    const auto start = Clock::now();
+    const auto start = timing ? Clock::now() : Clock::time_point();
     interpret(end.steps, segment);
     ++end.interpreted;
     metrics().segments_interpreted.add(1);
-    if (end.interpreted > 1) end.interpreter_time.add(seconds_since(start));
-    if (program != nullptr && program->state == Program::State::kReady) demote_if_slower(end);
+    if (timing && program != nullptr && program->state == Program::State::kReady) {
+      end.contest.interpreter_took(seconds_since(start));
+      demote_if_slower(end);
+    }
   }
   if (!options().compile || !worth_a_compile(end)) return;
   const bool none = end.program == nullptr;

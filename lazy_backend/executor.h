@@ -8,28 +8,12 @@
 #include <string>
 #include <vector>
 
+#include "lazy_backend/contest.h"
 #include "lazy_backend/program.h"
 #include "lazy_backend/segment.h"
 #include "lazy_backend/trace_tree.h"
 
 namespace reprise {
-
-/// A few durations, of which the median speaks.
-class Timings {
- public:
-  static constexpr size_t kEnough = 9;
-  void add(double seconds) {
-    if (count_ < kEnough) seconds_[count_++] = seconds;
-  }
-  bool enough() const { return count_ == kEnough; }
-  size_t count() const { return count_; }
-  double median() const;
-  void clear() { count_ = 0; }
-
- private:
-  double seconds_[kEnough] = {};
-  size_t count_ = 0;
-};
 
 /// What is known of segments that end at one node of the trace tree.
 struct SegmentEnd {
@@ -45,16 +29,18 @@ struct SegmentEnd {
   std::shared_ptr<Program> program;
   /// The same for more outputs, being compiled.
   std::shared_ptr<Program> wider;
-  uint64_t replayed_now = 0;  ///< by the present program
-  Timings interpreter_time;
-  Timings program_time;
+  bool program_has_run = false;  ///< the present one
+  Contest contest;               ///< of the present program with the interpreter
 
+  void serve(std::shared_ptr<Program> next) {
+    program = std::move(next);
+    program_has_run = false;
+    contest = {};
+  }
   void drop_programs() {
-    program = wider = nullptr;
-    replayed_now = 0;
-    interpreter_time.clear();
+    serve(nullptr);
+    wider = nullptr;
     steps.clear();
-    program_time.clear();
   }
 };
 

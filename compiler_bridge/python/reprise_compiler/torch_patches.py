@@ -32,6 +32,7 @@ from torch._inductor import (
 )
 from torch._export.serde import schema, serialize
 from torch._inductor.codegen import common, cpp, cpp_wrapper_cpu
+from torch._inductor.fx_passes import post_grad
 from torch._inductor.exc import CppCompileError
 from torch._inductor.virtualized import V
 from torch.utils import _traceback
@@ -63,6 +64,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield cpp.CppKernel, "decide_parallel_depth", _decide_parallel_depth
     yield cpp.LoopNest, "max_parallel_depth", _max_parallel_depth
     yield from _eager_kernels()
+    yield from _bias_joins_pointwise_users()
     yield (
         cpp_wrapper_cpu.CppWrapperCpu,
         "generate_input_output_runtime_checks",
@@ -218,6 +220,14 @@ def _eager_kernels() -> Iterator[tuple[Any, str, Any]]:
         return (eager if on_cpu else stock)(grad_output, *args, **kwargs)
 
     yield lowering.lowerings, op, lower
+
+
+def _bias_joins_pointwise_users() -> Iterator[tuple[Any, str, Any]]:
+    """Adds the bias of a matrix product where its result is read next, as Inductor does
+    on a GPU. `addmm` would first copy it into every row of the output.
+    """
+    # Its one use: `should_prefer_unfused_addmm`.
+    yield post_grad, "is_gpu", lambda device_type: True
 
 
 def _generate_no_runtime_checks(self) -> None:
