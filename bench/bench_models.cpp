@@ -9,6 +9,7 @@
 ///   programs               programs compiled, or loaded from the artifact store, for it
 ///   first_compiled_step_s  from the first step to the end of the first compiled one
 ///   compiled               share of the timed segments that ran as compiled programs
+///   compared_compiled      the same of the segments whose numbers are compared
 #include <benchmark/benchmark.h>
 #include <reprise/reprise.h>
 
@@ -27,14 +28,17 @@ using Clock = std::chrono::steady_clock;
 constexpr double kCompileTimeout_s = 300.0;
 constexpr int kSettlingRounds = 10;
 constexpr int kStepsPerRound = 4;
+constexpr int kContestSteps = 30;
 constexpr int kComparedSteps = 5;
 constexpr double kComparedLearningRate = 1e-9;  // see Job::set_learning_rate
+constexpr double kLearningRates[] = {1e-3, kComparedLearningRate, 1e-3, 1e-3};
 
 struct Row {
   bench::PairedTiming timing;
   double max_rel_diff = 0.0;
   double float64_diff = 0.0;
   double eager_float64_diff = 0.0;
+  double compared_compiled = 0.0;
   double programs = 0.0;
   double compiled = 0.0;
   std::optional<double> first_compiled_step_s;
@@ -54,9 +58,26 @@ double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-/// Steps until one runs compiled; nothing when none does.
+/// Share of the segments since `before` that ran as compiled programs.
+double compiled_share(const reprise::Statistics& before) {
+  const auto now = reprise::statistics();
+  const auto replayed = static_cast<double>(now.segments_replayed - before.segments_replayed);
+  const auto others = static_cast<double>(
+      now.segments_interpreted - before.segments_interpreted + now.segments_recorded -
+      before.segments_recorded);
+  return replayed + others > 0 ? replayed / (replayed + others) : 0.0;
+}
+
+/// Steps until one runs compiled; nothing when none does. The learning rate changes on
+/// the way, as with a schedule, so that the program has it as an input.
 std::optional<double> step_until_compiled(bench::Job& job) {
   const auto begin = Clock::now();
+  if (job.set_learning_rate) {
+    for (const double rate : kLearningRates) {
+      job.set_learning_rate(rate);
+      lazy_step(job);
+    }
+  }
   const auto failures = reprise::statistics().compile_failures;
   while (seconds_since(begin) < kCompileTimeout_s) {
     const auto replayed = reprise::statistics().segments_replayed;
@@ -72,7 +93,8 @@ std::optional<double> step_until_compiled(bench::Job& job) {
   return std::nullopt;
 }
 
-/// Steps until no program is compiled any more: a later step may differ from the first.
+/// Steps until no program is compiled any more, since a later step may differ from the
+/// first, and until program and interpreter have had their turns.
 void step_until_settled(bench::Job& job) {
   for (int round = 0; round < kSettlingRounds; ++round) {
     const auto before = reprise::statistics();
@@ -83,8 +105,11 @@ void step_until_settled(bench::Job& job) {
     const auto after = reprise::statistics();
     if (after.programs_requested == before.programs_requested &&
         after.ops_recorded == before.ops_recorded) {
-      return;
+      break;
     }
+  }
+  for (int step = 0; step < kContestSteps; ++step) {
+    lazy_step(job);
   }
 }
 
@@ -95,8 +120,10 @@ std::vector<torch::Tensor> numbers_of(bench::Job job) {
   }
   std::vector<torch::Tensor> numbers;
   for (int step = 0; step < kComparedSteps; ++step) {
-    numbers.push_back(job.step().clone());
-    reprise::sync();
+    const auto output = job.step();
+    reprise::sync();  // Here the timed steps end too: what follows is not part of them.
+    numbers.push_back(output.to(
+        torch::kCPU, output.scalar_type(), /*non_blocking=*/false, /*copy=*/true));
   }
   for (const auto& tensor : job.state()) {
     numbers.push_back(tensor.to(torch::kCPU));
@@ -108,7 +135,11 @@ std::vector<torch::Tensor> numbers_of(bench::Job job) {
 void compare(const bench::Workload& workload, torch::Device eager_device, Row& row) {
   const auto exact = numbers_of(workload.on(eager_device, torch::kDouble));
   const auto eager = numbers_of(workload.on(eager_device));
+  reprise::options().demote_slow_programs = false;  // no turns for the interpreter now
+  const auto before = reprise::statistics();
   const auto lazy = numbers_of(workload.on(torch::kLazy));
+  row.compared_compiled = compiled_share(before);
+  reprise::options().demote_slow_programs = true;
   row.max_rel_diff = bench::max_relative_difference(eager, lazy);
   row.float64_diff = bench::max_relative_difference(exact, lazy);
   row.eager_float64_diff = bench::max_relative_difference(exact, eager);
@@ -121,6 +152,7 @@ Row measure(const bench::Workload& workload) {
   row.lazy = workload.on(torch::kLazy);
   row.first_compiled_step_s = step_until_compiled(row.lazy);
   step_until_settled(row.lazy);
+  row.programs = static_cast<double>(programs_ready(reprise::statistics()) - programs_ready(before));
   compare(workload, eager_device, row);
   reprise::wait_for_compiles();
 
@@ -129,13 +161,8 @@ Row measure(const bench::Workload& workload) {
   row.timing = bench::time_in_pairs(
       [&](int64_t steps) { return eager.steps(steps); },
       [&](int64_t steps) { return bench::seconds_of(steps, [&] { lazy_step(row.lazy); }); });
-  const auto after = reprise::statistics();
-  const auto replayed = static_cast<double>(after.segments_replayed - settled.segments_replayed);
-  const auto segments = replayed +
-      static_cast<double>(after.segments_interpreted - settled.segments_interpreted) +
-      static_cast<double>(after.segments_recorded - settled.segments_recorded);
-  row.compiled = segments > 0 ? replayed / segments : 0.0;
-  row.programs = static_cast<double>(programs_ready(after) - programs_ready(before));
+  row.compiled = compiled_share(settled);
+  row.programs += static_cast<double>(programs_ready(reprise::statistics()) - programs_ready(settled));
   return row;
 }
 
@@ -160,6 +187,7 @@ void run(benchmark::State& state, const bench::Workload& workload) {
   state.counters["eager_float64_diff"] = row.eager_float64_diff;
   state.counters["programs"] = row.programs;
   state.counters["compiled"] = row.compiled;
+  state.counters["compared_compiled"] = row.compared_compiled;
   if (row.first_compiled_step_s) {
     state.counters["first_compiled_step_s"] = *row.first_compiled_step_s;
   } else {

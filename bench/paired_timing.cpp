@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t kFewestPairs = 10;
 constexpr int64_t kMostPairs = 2000;
 constexpr double kDefaultBudget_s = 2.0;
-constexpr double kShortestTurn_s = 4e-3;
+// A turn's first step finds the caches full of the other's data.
+constexpr double kShortestTurn_s = 20e-3;
 // After a parallel region libgomp's threads go on spinning for some milliseconds: those
 // of the one process would take the cores of the other.
 constexpr auto kPauseBetweenTurns = std::chrono::milliseconds(20);

@@ -62,6 +62,7 @@ class ModelRow:
     eager_float64_diff: Optional[float] = None
     programs: Optional[int] = None
     compiled: Optional[float] = None
+    compared_compiled: Optional[float] = None
     first_compiled_step_s: Optional[float] = None
     ltc_speedup: Optional[float] = None
     error: Optional[str] = None

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import unittest
+import zipfile
 
 import reprise_compiler
 import torch
@@ -393,6 +394,75 @@ class Threads(CompilerTest):
             return (d * d.square().sum(-1, keepdim=True)).sum(0), d.square().sum()
 
         self.check(f, [torch.rand(40, 3)])
+
+
+class LoopInvariants(CompilerTest):
+    """What is moved out of loops, and what must not be."""
+
+    def sources(self, function, inputs):
+        """The C++ of a program's kernels."""
+        path = os.path.join(self.folder, "sources.pt2")
+        self.check(function, inputs)
+        reprise_compiler.compile(record(function, _copies(inputs)).json, path)
+        with zipfile.ZipFile(path) as package:
+            names = [n for n in package.namelist() if n.endswith((".kernel.cpp", ".wrapper.cpp"))]
+            return "".join(package.read(name).decode() for name in names)
+
+    def body_of(self, source):
+        """What stands in its first loop over x0."""
+        return source[source.index("for(int64_t x0") :].partition("\n    }\n")[0]
+
+    def test_arithmetic_on_scalars_leaves_the_loop(self):
+        def f(x, a, b):
+            return x * (a / 3).sqrt() + (-b).exp()
+
+        body = self.body_of(self.sources(f, [torch.rand(1000), torch.rand(()), torch.rand(())]))
+        self.assertNotIn("sqrt", body)
+        self.assertNotIn("exp", body)
+
+    def test_in_loops_around_and_after_reductions(self):
+        def f(x, a):
+            rows = (x * a.sqrt()).sum(1, keepdim=True) / a
+            return x - rows * a.exp(), (x * a).softmax(1), (x + a).t().contiguous()
+
+        self.check(f, [torch.rand(37, 29), torch.rand(())])
+
+    def test_a_scalar_that_is_made_and_used_in_one_program(self):
+        def f(x, y):
+            total = (x * 2).sum()
+            return x / total, (y - total).relu(), total + 1
+
+        self.check(f, [torch.rand(501), torch.rand(7, 11)])
+
+    def test_a_scalar_that_is_written(self):
+        def f(x, a):
+            y = x * a
+            a.add_(1)
+            z = x * a
+            a.mul_(x.sum())
+            return y, z, x * a
+
+        self.check(f, [torch.rand(100), torch.rand(())])
+
+    def test_an_element_of_what_is_written(self):
+        def f(x):
+            x.sub_(x[3].clone())
+            x.mul_(x[0] + x[1])
+            return x[5] * x
+
+        self.check(f, [torch.rand(64)])
+
+    def test_branches_that_do_not_read(self):
+        def f(x, y, a):
+            return torch.cat([x * a[0], y * a[1], x[:1] * a[2]]), torch.nn.functional.pad(x * a[1], (3, 2))
+
+        self.check(f, [torch.rand(20), torch.rand(11), torch.rand(3)])
+
+    def test_other_types(self):
+        def f(x, h, i, a):
+            return x * a, h * a, i + i[2], (i > i[1]), (x > a).to(torch.float64) * a
+
+        self.check(f, [torch.rand(33), torch.rand(35).bfloat16(), torch.arange(19), torch.rand(())])
 
 
 class TheHostProgram(CompilerTest):

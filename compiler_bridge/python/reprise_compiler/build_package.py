@@ -27,7 +27,12 @@ from .toolchain import Toolchain
 from .trace_to_fx import TraceProgram, read_trace
 
 
+# Elements of a loop from which on starting a thread team pays.
+_ELEMENTS_FOR_A_TEAM = 16384
+
+
 def inductor_options() -> dict[str, Any]:
+    threads = min(max(os.cpu_count() or 2, 2), 16)
     return {
         # One process, no workers: they would be children that outlive a compile
         # and contend with the model for its cores.
@@ -45,8 +50,8 @@ def inductor_options() -> dict[str, Any]:
         # The thread count in force at the call counts, not that of the compile.
         # `threads` decides only which loops are worth a team at all.
         "cpp.dynamic_threads": True,
-        "cpp.threads": min(max(os.cpu_count() or 2, 2), 16),
-        "cpp.min_chunk_size": 2048,
+        "cpp.threads": threads,
+        "cpp.min_chunk_size": _ELEMENTS_FOR_A_TEAM // threads,
         "cpp.enable_kernel_profile": False,
         # As eager rounds: no reassociation, no contraction into fma.
         "cpp.enable_unsafe_math_opt_flag": False,

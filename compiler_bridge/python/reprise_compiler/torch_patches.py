@@ -37,7 +37,7 @@ from torch._inductor.exc import CppCompileError
 from torch._inductor.virtualized import V
 from torch.utils import _traceback
 
-from . import vec_isa
+from . import loop_invariants, vec_isa
 from .toolchain import MODEL_DECLARATION, Toolchain
 
 
@@ -65,6 +65,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield cpp.LoopNest, "max_parallel_depth", _max_parallel_depth
     yield from _eager_kernels()
     yield from _bias_joins_pointwise_users()
+    yield from loop_invariants.patches()
     yield (
         cpp_wrapper_cpu.CppWrapperCpu,
         "generate_input_output_runtime_checks",
