@@ -15,6 +15,7 @@
 
 #include <map>
 #include <optional>
+#include <utility>
 
 #include "eager_process.h"
 #include "harness.h"
@@ -135,11 +136,12 @@ std::vector<torch::Tensor> numbers_of(bench::Job job) {
 void compare(const bench::Workload& workload, torch::Device eager_device, Row& row) {
   const auto exact = numbers_of(workload.on(eager_device, torch::kDouble));
   const auto eager = numbers_of(workload.on(eager_device));
-  reprise::options().demote_slow_programs = false;  // no turns for the interpreter now
+  // No turns for the interpreter now.
+  const bool demote = std::exchange(reprise::options().demote_slow_programs, false);
   const auto before = reprise::statistics();
   const auto lazy = numbers_of(workload.on(torch::kLazy));
   row.compared_compiled = compiled_share(before);
-  reprise::options().demote_slow_programs = true;
+  reprise::options().demote_slow_programs = demote;
   row.max_rel_diff = bench::max_relative_difference(eager, lazy);
   row.float64_diff = bench::max_relative_difference(exact, lazy);
   row.eager_float64_diff = bench::max_relative_difference(exact, eager);

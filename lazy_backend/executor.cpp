@@ -256,9 +256,9 @@ void launch(Node& node, Segment& segment) {
     end.wider = nullptr;
   }
   Program* program = end.program.get();
-  const bool timing = options().demote_slow_programs && !end.contest.decided();
-  if (program != nullptr && program->state == Program::State::kReady &&
-      covers(*program, segment)) {
+  const bool ready = program != nullptr && program->state == Program::State::kReady;
+  const bool timing = ready && options().demote_slow_programs && !end.contest.decided();
+  if (ready && covers(*program, segment)) {
     if (!timing || end.contest.next() == Contest::Runner::kProgram) {
       RECORD_FUNCTION(end.replay_range, std::vector<c10::IValue>());
       const auto start = timing ? Clock::now() : Clock::time_point();
@@ -296,7 +296,7 @@ void launch(Node& node, Segment& segment) {
     interpret(end.steps, segment);
     ++end.interpreted;
     metrics().segments_interpreted.add(1);
-    if (timing && program != nullptr && program->state == Program::State::kReady) {
+    if (timing && program->state == Program::State::kReady) {  // it may just have failed
       end.contest.interpreter_took(seconds_since(start));
       demote_if_slower(end);
     }

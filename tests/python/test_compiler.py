@@ -34,11 +34,11 @@ class CompilerTest(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
+        self.package_path = os.path.join(self.folder, "program.pt2")
 
     def load(self, trace_json: str):
-        path = os.path.join(self.folder, "program.pt2")
-        reprise_compiler.compile(trace_json, path)
-        return torch._inductor.aoti_load_package(path)
+        reprise_compiler.compile(trace_json, self.package_path)
+        return torch._inductor.aoti_load_package(self.package_path)
 
     def check(self, function, inputs, scalars=(), other_scalars=(), tolerance=None):
         """Compares outputs and mutated inputs with eager, on fresh values.
@@ -401,10 +401,8 @@ class LoopInvariants(CompilerTest):
 
     def sources(self, function, inputs):
         """The C++ of a program's kernels."""
-        path = os.path.join(self.folder, "sources.pt2")
         self.check(function, inputs)
-        reprise_compiler.compile(record(function, _copies(inputs)).json, path)
-        with zipfile.ZipFile(path) as package:
+        with zipfile.ZipFile(self.package_path) as package:
             names = [n for n in package.namelist() if n.endswith((".kernel.cpp", ".wrapper.cpp"))]
             return "".join(package.read(name).decode() for name in names)
 

@@ -23,6 +23,7 @@ from torch._inductor.codegen import cpp
 _MARK = "/*loop invariant*/ "
 _ASSIGNMENT = re.compile(r"auto (tmp\d+) = (.+);")
 _TEMPORARY = re.compile(r"\btmp\d+\b")
+_INVARIANT = re.compile(r"\binvariant\d+_\d+\b")
 _ELEMENT = re.compile(r"\b((?:in|out|in_out)_ptr\d+)\[static_cast<int64_t>\(\d+L\)\]")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d*)?(?:[eE][-+]?\d+)?[LlFfUu]*(?!\w)")
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -58,11 +59,16 @@ def _gen_body(self, code=None):
             lines[index] = _MARK + line
     if invariant:
         for index, line in enumerate(lines):
-            text = line if isinstance(line, str) else getattr(line, "line", "")
+            text = _text(line)
             renamed = _TEMPORARY.sub(lambda m: invariant.get(m[0], m[0]), text)
             if renamed != text:
                 lines[index] = renamed if isinstance(line, str) else line._new_line(renamed)
     return body
+
+
+def _text(line: Any) -> str:
+    """A line of a buffer, which may be one whose writing is put off."""
+    return line if isinstance(line, str) else getattr(line, "line", "")
 
 
 def _is_pure(expression: str, invariant: dict[str, str]) -> bool:
@@ -86,10 +92,9 @@ def _codegen_loops_impl(self, loop_nest, code, worksharing):
             kept.append(line)
             continue
         statement = line.replace(_MARK, "")
-        used = set(re.findall(r"\binvariant\d+_\d+\b", statement))
-        name = re.search(r"\binvariant\d+_\d+\b", statement)[0]
+        name, *used = _INVARIANT.findall(statement)
         pointers = {match[1] for match in _ELEMENT.finditer(statement)}
-        if place is None or pointers & written or used & stays:
+        if place is None or pointers & written or not stays.isdisjoint(used):
             stays.add(name)
             kept.append(statement)
         else:
@@ -120,7 +125,7 @@ def _written_pointers(lines: list[Any]) -> set[str]:
     """Pointers that occur otherwise than in loads of a fixed element, and may be written."""
     written = set()
     for line in lines:
-        text = line if isinstance(line, str) else getattr(line, "line", "")
+        text = _text(line)
         if _MARK not in text:
             written.update(re.findall(r"\b(?:out|in_out)_ptr\d+\b", text))
     return written
