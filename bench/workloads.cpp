@@ -1,5 +1,7 @@
 #include "workloads.h"
 
+#include <ATen/CPUGeneratorImpl.h>
+
 #include "cpp_models/argon.h"
 #include "cpp_models/dcgan.h"
 #include "cpp_models/gpt.h"
@@ -36,22 +38,29 @@ struct Classification {
   std::function<Example()> example;
 };
 
-/// Moves a tensor to a device; one of floating-point numbers to the dtype too, if given.
-torch::Tensor moved(const torch::Tensor& tensor, const torch::TensorOptions& where) {
-  return where.has_dtype() && tensor.is_floating_point() ? tensor.to(where)
-                                                         : tensor.to(where.device());
+torch::Tensor disturbed(const torch::Tensor& tensor, torch::Generator& generator) {
+  const double unit = tensor.scalar_type() == torch::kDouble ? 0x1p-52 : 0x1p-23;
+  const auto error = torch::rand(tensor.sizes(), generator, torch::kDouble) * 4 - 2;
+  return (tensor.to(torch::kDouble) * (1 + error * unit)).to(tensor.dtype());
 }
 
-/// The same for the parameters and buffers of a module. (Module::to converts masks too.)
-void move(torch::nn::Module& module, const torch::TensorOptions& where) {
-  module.to(where.device());
-  if (where.has_dtype()) {
-    for (auto tensors : {module.parameters(), module.buffers()}) {
-      for (auto& tensor : tensors) {
-        tensor.set_data(moved(tensor, where));
-      }
+torch::Tensor moved(const torch::Tensor& tensor, const Place& where) {
+  if (where.disturbance == 0 || !tensor.is_floating_point()) {
+    return tensor.to(where.device);
+  }
+  auto generator = at::make_generator<at::CPUGeneratorImpl>(where.disturbance);
+  return disturbed(tensor, generator).to(where.device);
+}
+
+/// Moves the parameters and buffers of a module.
+void move(torch::nn::Module& module, const Place& where) {
+  if (where.disturbance != 0) {
+    auto generator = at::make_generator<at::CPUGeneratorImpl>(where.disturbance + 1);
+    for (auto& parameter : module.parameters()) {
+      parameter.set_data(disturbed(parameter.data(), generator));
     }
   }
+  module.to(where.device);
 }
 
 torch::Tensor all_gradients(const torch::nn::Module& module) {
@@ -81,7 +90,7 @@ void set_rate(torch::optim::Optimizer& optimizer, double rate) {
 /// A job that computes `forward` of a module and its input, and keeps nothing else.
 template <typename Model, typename Forward>
 Job forward_job(
-    Model model, const torch::Tensor& input, const torch::TensorOptions& where, Forward forward) {
+    Model model, const torch::Tensor& input, const Place& where, Forward forward) {
   move(*model, where);
   model->eval();
   const auto on_device = std::make_shared<torch::Tensor>(moved(input, where));
@@ -98,7 +107,7 @@ Job forward_job(
 }
 
 template <typename Model>
-Job inference(const Classification<Model>& task, const torch::TensorOptions& where) {
+Job inference(const Classification<Model>& task, const Place& where) {
   torch::manual_seed(kSeed);
   Model model = task.model();
   return forward_job(
@@ -107,7 +116,7 @@ Job inference(const Classification<Model>& task, const torch::TensorOptions& whe
 }
 
 template <typename Model>
-Job training(const Classification<Model>& task, const torch::TensorOptions& where) {
+Job training(const Classification<Model>& task, const Place& where) {
   torch::manual_seed(kSeed);
   Model model = task.model();
   const auto example = task.example();
@@ -138,8 +147,8 @@ Job training(const Classification<Model>& task, const torch::TensorOptions& wher
 template <typename Model>
 void add(
     std::vector<Workload>& rows, const std::string& name, const Classification<Model>& task) {
-  rows.push_back({name, "forward", [=](const torch::TensorOptions& where) { return inference(task, where); }});
-  rows.push_back({name, "train", [=](const torch::TensorOptions& where) { return training(task, where); }});
+  rows.push_back({name, "forward", [=](const Place& where) { return inference(task, where); }});
+  rows.push_back({name, "train", [=](const Place& where) { return training(task, where); }});
 }
 
 Example random_text(int64_t batch, int64_t length, int64_t vocabulary) {
@@ -185,7 +194,7 @@ Classification<cpp_models::Gpt> gpt(cpp_models::Attention attention) {
       [=] { return random_text(kGptBatch, options.context, options.vocabulary); }};
 }
 
-Job dcgan_generation(const torch::TensorOptions& where) {
+Job dcgan_generation(const Place& where) {
   torch::manual_seed(kSeed);
   const cpp_models::DcganOptions options;
   cpp_models::DcganGenerator generator(options);
@@ -195,7 +204,7 @@ Job dcgan_generation(const torch::TensorOptions& where) {
 }
 
 /// A step of the discriminator on real and generated images, then one of the generator.
-Job dcgan_training(const torch::TensorOptions& where) {
+Job dcgan_training(const Place& where) {
   torch::manual_seed(kSeed);
   const cpp_models::DcganOptions options;
   cpp_models::DcganGenerator generator(options);
@@ -251,7 +260,7 @@ cpp_models::Argon argon() {
   return cpp_models::Argon(cpp_models::ArgonOptions{});
 }
 
-Job argon_energy(const torch::TensorOptions& where) {
+Job argon_energy(const Place& where) {
   const auto model = argon();
   return forward_job(
       model, model->initial_state().positions, where,
@@ -260,7 +269,7 @@ Job argon_energy(const torch::TensorOptions& where) {
       });
 }
 
-Job argon_step(const torch::TensorOptions& where) {
+Job argon_step(const Place& where) {
   auto model = argon();
   const auto begin = model->initial_state();
   move(*model, where);
@@ -284,7 +293,7 @@ Job argon_step(const torch::TensorOptions& where) {
       .input = nullptr};
 }
 
-Job option_price(const torch::TensorOptions& where) {
+Job option_price(const Place& where) {
   torch::manual_seed(kSeed);
   cpp_models::OptionPricer pricer(cpp_models::OptionContract{});
   return forward_job(
@@ -292,7 +301,7 @@ Job option_price(const torch::TensorOptions& where) {
       [](auto& module, const torch::Tensor& normals) { return module.forward(normals).mean(); });
 }
 
-Job option_greeks(const torch::TensorOptions& where) {
+Job option_greeks(const Place& where) {
   torch::manual_seed(kSeed);
   cpp_models::OptionPricer pricer(cpp_models::OptionContract{});
   move(*pricer, where);

@@ -4,6 +4,7 @@
 
 #include <torch/torch.h>
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -33,17 +34,24 @@ struct Job {
   std::shared_ptr<torch::Tensor> input;
 };
 
+/// Where a job runs, and from which numbers.
+struct Place {
+  torch::Device device;
+
+  /// Where it is not 0, each floating-point input and parameter is changed by up to two
+  /// units in its last place, differently for each number.
+  uint64_t disturbance = 0;
+};
+
 struct Workload {
   std::string model;
   std::string mode;  ///< "forward", "train", or what a simulation calls its step.
 
-  /// Makes its job on a device: in the model's own floating-point types, or in the one
-  /// that is given, then from the same numbers, converted.
-  std::function<Job(const torch::TensorOptions&)> make;
+  /// Makes its job.
+  std::function<Job(const Place&)> make;
 
-  Job on(torch::Device device) const { return make(torch::TensorOptions(device)); }
-  Job on(torch::Device device, torch::Dtype dtype) const {
-    return make(torch::TensorOptions(device).dtype(dtype));
+  Job on(torch::Device device, uint64_t disturbance = 0) const {
+    return make({device, disturbance});
   }
 
   std::string name() const { return model + "/" + mode; }

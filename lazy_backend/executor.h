@@ -12,6 +12,7 @@
 #include "lazy_backend/program.h"
 #include "lazy_backend/segment.h"
 #include "lazy_backend/trace_tree.h"
+#include "reprise/options.h"
 
 namespace reprise {
 
@@ -20,6 +21,8 @@ struct SegmentEnd {
   std::string name;
   std::string replay_range, interpret_range;  ///< names in a profiler's trace
   std::string reason;  ///< why the last one ended here
+  bool at_error = false;  ///< the op that came next threw
+  uint64_t last_run = 0;  ///< or recorded: by a count of all segments'
   uint64_t recorded = 0;
   uint64_t interpreted = 0;
   uint64_t replayed = 0;
@@ -29,12 +32,13 @@ struct SegmentEnd {
   std::shared_ptr<Program> program;
   /// The same for more outputs, being compiled.
   std::shared_ptr<Program> wider;
-  bool program_has_run = false;  ///< the present one
+  /// The present program's first run has been compared with the interpreter's.
+  bool checked = false;
   Contest contest;               ///< of the present program with the interpreter
 
   void serve(std::shared_ptr<Program> next) {
     program = std::move(next);
-    program_has_run = false;
+    checked = !options().check_programs;
     contest = {};
   }
   void drop_programs() {
@@ -44,7 +48,7 @@ struct SegmentEnd {
   }
 };
 
-/// The end at `node`, made where there is none.
+/// The end at `node`, made where there is none; marked as the one that ran last.
 SegmentEnd& end_of(Node& node);
 
 /// Runs the verified segment that ends at `node`. Afterwards every created

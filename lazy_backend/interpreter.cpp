@@ -83,18 +83,18 @@ class ArgumentBuilder {
 };
 
 void take_result(const Result& result, const c10::IValue& value,
-                 std::vector<c10::Storage>& storages, Segment& segment) {
+                 std::vector<c10::Storage>& storages, const OnCreated& created) {
   if (result.kind == Result::Kind::kList) {
     const auto items = value.toListRef();
     for (size_t k = 0; k < result.list->size(); ++k) {
-      take_result((*result.list)[k], items[k], storages, segment);
+      take_result((*result.list)[k], items[k], storages, created);
     }
     return;
   }
   if (result.kind != Result::Kind::kNew) return;
   const at::Tensor& tensor = value.toTensor();
   storages[result.slot] = tensor.storage();
-  if (auto lazy = segment.lock(result.slot)) lazy->set_backing(tensor.storage());
+  created(result.slot, tensor);
 }
 
 }  // namespace
@@ -155,11 +155,9 @@ std::vector<uint32_t> last_uses(const std::vector<StepPtr>& steps, size_t slots)
   return last;
 }
 
-void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
-  std::vector<c10::Storage> storages(segment.size());
-  for (uint32_t slot = 0; slot < segment.size(); ++slot) {
-    if (!segment.is_created(slot)) storages[slot] = segment.at(slot)->backing();
-  }
+void run_steps(const std::vector<StepPtr>& steps, const Segment& segment,
+               std::vector<c10::Storage>& storages, std::vector<at::Tensor>& random,
+               const OnCreated& created) {
   const auto last = last_uses(steps, segment.size());
   ArgumentBuilder arguments(storages, segment.scalars);
   torch::jit::Stack stack, held;
@@ -170,41 +168,31 @@ void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
   for (size_t k = 0; k < steps.size(); ++k) {
     const Step& step = *steps[k];
     if (step.only_aliases) continue;
-    try {
-      if (step.randomness != Randomness::kNone) {
-        // Drawn already; what it fills or creates takes the numbers over.
-        at::Tensor& numbers = segment.random[next_random++];
-        if (step.randomness == Randomness::kFills) {
-          const Arg& filled = step.args[0];
-          backing_tensor(storages[filled.slot], filled.geometry()).copy_(numbers);
-        } else {
-          take_result(step.results[0], numbers, storages, segment);
-        }
-        numbers = at::Tensor();
-        continue;
+    if (step.randomness != Randomness::kNone) {
+      // Drawn already; what it fills or creates takes the numbers over.
+      at::Tensor& numbers = random[next_random++];
+      if (step.randomness == Randomness::kFills) {
+        const Arg& filled = step.args[0];
+        backing_tensor(storages[filled.slot], filled.geometry()).copy_(numbers);
+      } else {
+        take_result(step.results[0], numbers, storages, created);
       }
-      const auto& declared = step.op.schema().arguments();
-      for (size_t a = 0; a < step.args.size(); ++a) {
-        stack.push_back(arguments.build(step.args[a], step, declared[a]));
-      }
-      // Of an op that returns several of its arguments, the boxed kernel drops the
-      // arguments before it reads the references it returns (torch 2.11,
-      // make_boxed_from_unboxed_functor.h): somebody else must hold them.
-      if (C10_UNLIKELY(step.returns_arguments)) held = stack;
-      c10::GradMode::set_enabled(step.grad_mode);
-      step.op.callBoxed(stack);
-      held.clear();
-    } catch (...) {
-      for (uint32_t slot = 0; slot < segment.size(); ++slot) {
-        if (!segment.is_created(slot) || storages[slot]) continue;
-        if (auto lazy = segment.lock(slot); lazy && !lazy->backing()) {
-          lazy->set_error(std::current_exception());
-        }
-      }
-      throw;
+      numbers = at::Tensor();
+      continue;
     }
+    const auto& declared = step.op.schema().arguments();
+    for (size_t a = 0; a < step.args.size(); ++a) {
+      stack.push_back(arguments.build(step.args[a], step, declared[a]));
+    }
+    // Of an op that returns several of its arguments, the boxed kernel drops the
+    // arguments before it reads the references it returns (torch 2.11,
+    // make_boxed_from_unboxed_functor.h): somebody else must hold them.
+    if (C10_UNLIKELY(step.returns_arguments)) held = stack;
+    c10::GradMode::set_enabled(step.grad_mode);
+    step.op.callBoxed(stack);
+    held.clear();
     for (size_t r = 0; r < step.results.size(); ++r) {
-      take_result(step.results[r], stack[r], storages, segment);
+      take_result(step.results[r], stack[r], storages, created);
     }
     stack.clear();
     // Free what nothing uses any more.
@@ -213,6 +201,27 @@ void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
     };
     for_each_tensor(step.args, free_if_last);
     for_each_result(step.results, free_if_last);
+  }
+}
+
+void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
+  std::vector<c10::Storage> storages(segment.size());
+  for (uint32_t slot = 0; slot < segment.size(); ++slot) {
+    if (!segment.is_created(slot)) storages[slot] = segment.at(slot)->backing();
+  }
+  try {
+    run_steps(steps, segment, storages, segment.random,
+              [&](uint32_t slot, const at::Tensor& tensor) {
+                if (auto lazy = segment.lock(slot)) lazy->set_backing(tensor.storage());
+              });
+  } catch (...) {
+    for (uint32_t slot = 0; slot < segment.size(); ++slot) {
+      if (!segment.is_created(slot) || storages[slot]) continue;
+      if (auto lazy = segment.lock(slot); lazy && !lazy->backing()) {
+        lazy->set_error(std::current_exception());
+      }
+    }
+    throw;
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/lazy/core/metrics.h>
 
+#include <cctype>
 #include <mutex>
 
 namespace reprise {
@@ -19,15 +20,31 @@ Statistics statistics() {
   s.segments_recorded = m.segments_recorded.value();
   s.segments_interpreted = m.segments_interpreted.value();
   s.segments_replayed = m.segments_replayed.value();
+  s.segments_forgotten = m.segments_forgotten.value();
   s.mismatches = m.mismatches.value();
   s.programs_requested = m.programs_requested.value();
   s.programs_compiled = m.programs_compiled.value();
   s.programs_loaded = m.programs_loaded.value();
   s.compile_failures = m.compile_failures.value();
+  s.programs_checked = m.programs_checked.value();
   s.program_failures = m.program_failures.value();
   s.programs_demoted = m.programs_demoted.value();
   return s;
 }
+
+namespace {
+
+/// "ops_recorded" as the lazy tensor core would spell it: "OpsRecorded".
+std::string camel_case(const char* name) {
+  std::string out;
+  for (bool first = true; *name != '\0'; ++name) {
+    if (*name != '_') out += first ? static_cast<char>(std::toupper(static_cast<unsigned char>(*name))) : *name;
+    first = *name == '_';
+  }
+  return out;
+}
+
+}  // namespace
 
 std::string metrics_report() {
   static std::mutex mutex;
@@ -38,19 +55,9 @@ std::string metrics_report() {
     counter.AddValue(static_cast<int64_t>(value) -
                      (data == nullptr ? 0 : data->Value()));
   };
-  const Statistics s = statistics();
-  publish("reprise.OpsRecorded", s.ops_recorded);
-  publish("reprise.OpsVerified", s.ops_verified);
-  publish("reprise.SegmentsRecorded", s.segments_recorded);
-  publish("reprise.SegmentsInterpreted", s.segments_interpreted);
-  publish("reprise.SegmentsReplayed", s.segments_replayed);
-  publish("reprise.Mismatches", s.mismatches);
-  publish("reprise.ProgramsRequested", s.programs_requested);
-  publish("reprise.ProgramsCompiled", s.programs_compiled);
-  publish("reprise.ProgramsLoaded", s.programs_loaded);
-  publish("reprise.CompileFailures", s.compile_failures);
-  publish("reprise.ProgramFailures", s.program_failures);
-  publish("reprise.ProgramsDemoted", s.programs_demoted);
+  for_each_statistic(statistics(), [&](const char* name, uint64_t value) {
+    publish(("reprise." + camel_case(name)).c_str(), value);
+  });
   return torch::lazy::CreateMetricReport();
 }
 

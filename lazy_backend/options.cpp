@@ -33,6 +33,9 @@ Options from_environment() {
   read("REPRISE_DEMOTE", options.demote_slow_programs);
   read("REPRISE_FIND_STEPS", options.find_steps);
   read("REPRISE_COMPILE_AFTER", options.compile_after_ops);
+  read("REPRISE_CHECK", options.check_programs);
+  read("REPRISE_TRACE_BYTES", options.trace_bytes);
+  read("REPRISE_PROGRAMS", options.most_programs);
   read("REPRISE_COMPILE_NICE", options.compile_niceness);
   read("REPRISE_CACHE_DIR", options.cache_dir);
   read("REPRISE_PYTHON", options.python);

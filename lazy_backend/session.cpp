@@ -28,6 +28,8 @@ thread_local Session* Session::current_session_ = nullptr;
 
 namespace {
 
+constexpr const char* kAnOpThrew = "an op threw an error";
+
 /// Sessions are never freed: a storage may name one that is pending there.
 struct Sessions {
   std::mutex mutex;
@@ -191,6 +193,7 @@ void Session::end_segment(const char* reason) {
   if (!log_.empty()) {
     SegmentEnd& end = end_of(*insert(log_.size()));
     end.reason = reason;
+    end.at_error = end.at_error || reason == kAnOpThrew;
     ++end.recorded;
     REPRISE_LOG(1, end.name, ": recorded ", log_.size(), " ops, ended by ", reason);
   }
@@ -330,7 +333,16 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   if (cursor_ != nullptr) {
     if (verify(op, how, stack)) return;
-    recover();
+    if (cursor_->end && cursor_->end->at_error) {
+      // It is about to throw again: nothing is left of it but the segment's end.
+      end_segment(kAnOpThrew);
+      if (cursor_ != nullptr && verify(op, how, stack)) return;
+    }
+    if (cursor_ != nullptr) {
+      REPRISE_LOG(2, "no record goes on with this call of ", op.operator_name(), " after ",
+                  cursor_->depth, " ops");
+      recover();
+    }
   }
   record(op, how, stack);
 }
@@ -514,6 +526,12 @@ void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
     step = recorder.take_results(*stack);
   } catch (...) {
     current_.rollback(recorder.first_slot());
+    // A program that goes on may do the same in every step.
+    if (log_.empty()) {
+      begin_segment();
+    } else {
+      end_segment(kAnOpThrew);
+    }
     throw;
   }
   if (step == nullptr) {
@@ -601,13 +619,21 @@ void Session::refeed() {
   }
 }
 
-Node* Session::insert(size_t count) {
-  if (tree_.full()) {
-    launch_closed();
-    REPRISE_LOG(1, "the trace tree is full and is emptied");
-    tree_.clear();
-    root_ = tree_.root(environment_);
+void Session::make_room() {
+  // Programs are counted now and then: that is a walk through the tree.
+  constexpr uint64_t kNowAndThen = 64;
+  const bool full = tree_.bytes() > static_cast<size_t>(std::max<int64_t>(options().trace_bytes, 0));
+  if (!full && ++inserts_ % kNowAndThen != 0) return;
+  launch_closed();
+  follow_ = nullptr;
+  if (const size_t forgotten = tree_.make_room()) {
+    metrics().segments_forgotten.add(forgotten);
+    REPRISE_LOG(1, "traces take too much room: ", forgotten, " segments are forgotten");
   }
+}
+
+Node* Session::insert(size_t count) {
+  make_room();
   Node* node = root_;
   for (size_t k = 0; k < count; ++k) node = tree_.extend(node, log_[k]);
   metrics().segments_recorded.add(1);
@@ -654,8 +680,8 @@ void Session::drop_front(size_t count) {
 
 void Session::explain(std::string& out) {
   const std::lock_guard<SessionLock> guard(lock_);
-  out += c10::str("session ", id_, ": ", tree_.size(), " nodes, ", ops_recorded_,
-                  " ops recorded\n");
+  out += c10::str("session ", id_, ": ", tree_.size(), " nodes of ",
+                  tree_.bytes() >> 10, " KiB, ", ops_recorded_, " ops recorded\n");
   tree_.for_each_end([&](const Node& node) {
     const SegmentEnd& end = *node.end;
     out += c10::str("  ", end.name, ": ", node.depth, " ops, recorded ", end.recorded,

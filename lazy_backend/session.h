@@ -106,6 +106,7 @@ class Session {
   void refeed();
   void drop_front(size_t count);
   Node* insert(size_t count);
+  void make_room();
   std::optional<size_t> feed(const Step& step);
   void pause_recording();
 
@@ -148,6 +149,7 @@ class Session {
   StepFinder finder_;
   int64_t live_at_start_ = 0;
   uint64_t ops_recorded_ = 0;
+  uint64_t inserts_ = 0;
 
   // Programs that never repeat: see pause_recording. All in ops.
   static constexpr uint64_t kPatience = 100'000;

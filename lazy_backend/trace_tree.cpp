@@ -7,19 +7,61 @@
 
 #include "lazy_backend/device.h"
 #include "lazy_backend/executor.h"
+#include "reprise/options.h"
 
 namespace reprise {
 
 Node::Node() = default;
 Node::~Node() = default;
 
+namespace {
+
+size_t bytes_of(const std::vector<Arg>& args) {
+  size_t bytes = args.size() * sizeof(Arg);
+  for (const Arg& arg : args) {
+    switch (arg.kind) {
+      case Arg::Kind::kTensor:
+        bytes += sizeof(Geometry);
+        break;
+      case Arg::Kind::kList:
+        bytes += bytes_of(arg.list());
+        break;
+      case Arg::Kind::kIntList:
+        bytes += 64 + 2 * sizeof(int64_t) * arg.ints().size();
+        break;
+      case Arg::Kind::kNumber:
+      case Arg::Kind::kConstant:
+        bytes += 256;
+        break;
+      default:
+        break;
+    }
+  }
+  return bytes;
+}
+
+size_t bytes_of(const std::vector<Result>& results) {
+  size_t bytes = results.size() * (sizeof(Result) + sizeof(Geometry));
+  for (const Result& result : results) {
+    if (result.list) bytes += bytes_of(*result.list);
+  }
+  return bytes;
+}
+
+}  // namespace
+
 Node* TraceTree::make_node(Node* parent, StepPtr step) {
-  auto node = std::make_unique<Node>();
+  auto* node = new Node;
+  node->bytes = sizeof(Node);
+  if (step != nullptr) {
+    node->bytes += sizeof(Step) + bytes_of(step->args) + bytes_of(step->results);
+  }
   node->step = std::move(step);
   node->parent = parent;
   node->depth = parent == nullptr ? 0 : parent->depth + 1;
-  nodes_.push_back(std::move(node));
-  return nodes_.back().get();
+  ++size_;
+  bytes_ += node->bytes;
+  return node;
 }
 
 Node* TraceTree::root(uint64_t environment) {
@@ -81,9 +123,63 @@ void TraceTree::drop_programs(Node* node) {
   }
 }
 
+void TraceTree::prune(Node* node) {
+  while (node->step != nullptr && node->child == nullptr && node->end == nullptr) {
+    Node* parent = node->parent;
+    Node** place = &parent->child;
+    while (*place != node) place = &(*place)->sibling;
+    *place = node->sibling;
+    --size_;
+    bytes_ -= node->bytes;
+    delete node;
+    node = parent;
+  }
+}
+
+size_t TraceTree::make_room() {
+  std::vector<Node*> ends;
+  size_t programs = 0;
+  for_each_end([&](Node& node) {
+    ends.push_back(&node);
+    programs += node.end->program != nullptr ? 1 : 0;
+  });
+  const auto most_bytes = static_cast<size_t>(std::max<int64_t>(options().trace_bytes, 0));
+  const auto most_programs = static_cast<size_t>(std::max<int64_t>(options().most_programs, 0));
+  const bool many_bytes = bytes_ > most_bytes, many_programs = programs > most_programs;
+  if (!many_bytes && !many_programs) return 0;
+  std::sort(ends.begin(), ends.end(),
+            [](const Node* a, const Node* b) { return a->end->last_run < b->end->last_run; });
+  size_t dropped = 0;
+  for (Node* node : ends) {
+    const bool bytes_left = many_bytes && bytes_ > most_bytes / 4 * 3;
+    const bool programs_left = many_programs && programs > most_programs / 4 * 3;
+    if (!bytes_left && !programs_left) break;
+    if (!bytes_left && node->end->program == nullptr) continue;
+    ++dropped;
+    programs -= node->end->program != nullptr ? 1 : 0;
+    node->end = nullptr;
+    node->cut = false;
+    prune(node);
+  }
+  return dropped;
+}
+
+void TraceTree::free_below(Node* root) {
+  std::vector<Node*> open{root};
+  while (!open.empty()) {
+    Node* node = open.back();
+    open.pop_back();
+    for (Node* child = node->child; child != nullptr; child = child->sibling) {
+      open.push_back(child);
+    }
+    delete node;
+  }
+}
+
 void TraceTree::clear() {
+  for (const auto& [environment, root] : roots_) free_below(root);
   roots_.clear();
-  nodes_.clear();
+  size_ = bytes_ = 0;
 }
 
 uint64_t environment_key() {

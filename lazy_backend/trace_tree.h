@@ -26,6 +26,7 @@ struct Node {
   /// A step of the user's program ends here, whatever comes next.
   bool cut = false;
   uint32_t depth = 0;  ///< steps from the root
+  size_t bytes = 0;    ///< what it takes, its step included, `end` not
   std::unique_ptr<SegmentEnd> end;
 
   Node();
@@ -34,8 +35,10 @@ struct Node {
 
 class TraceTree {
  public:
-  /// Nodes after which the tree is emptied: some 100 MB.
-  static constexpr size_t kMostNodes = 200'000;
+  TraceTree() = default;
+  ~TraceTree() { clear(); }
+  TraceTree(const TraceTree&) = delete;
+  TraceTree& operator=(const TraceTree&) = delete;
 
   /// The root for an environment (`environment_key`).
   Node* root(uint64_t environment);
@@ -54,22 +57,40 @@ class TraceTree {
   /// at or above it was generalised.
   static void drop_programs(Node* node);
 
-  size_t size() const { return nodes_.size(); }
-  bool full() const { return nodes_.size() >= kMostNodes; }
+  /// Where the tree holds more than `options()` allow: forgets segments, with their
+  /// programs and the nodes that only they need, those that ran longest ago first, until
+  /// a quarter is free again. Returns how many. Roots stay; no other node may be in use.
+  size_t make_room();
+
+  size_t size() const { return size_; }
+  size_t bytes() const { return bytes_; }
   void clear();
 
-  /// Calls `visit(const Node&)` for each node where a segment has ended.
+  /// Calls `visit(Node&)` for each node where a segment has ended, by its depth first.
   template <class Visit>
   void for_each_end(const Visit& visit) const {
-    for (const auto& node : nodes_) {
-      if (node->end) visit(*node);
+    for (const auto& [environment, root] : roots_) {
+      // Down to the first child, along to the sibling, up again.
+      for (Node* node = root; node != nullptr;) {
+        if (node->end) visit(*node);
+        if (node->child != nullptr) {
+          node = node->child;
+          continue;
+        }
+        while (node != root && node->sibling == nullptr) node = node->parent;
+        node = node == root ? nullptr : node->sibling;
+      }
     }
   }
 
  private:
   Node* make_node(Node* parent, StepPtr step);
+  /// Removes a node without children and end, and its parents that become such.
+  void prune(Node* node);
+  void free_below(Node* root);
 
-  std::vector<std::unique_ptr<Node>> nodes_;
+  size_t size_ = 0;
+  size_t bytes_ = 0;
   std::unordered_map<uint64_t, Node*> roots_;
 };
 

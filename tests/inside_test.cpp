@@ -68,7 +68,7 @@ TEST_F(Explain, SaysWhatWasCompiled) {
   begin_test(/*compile=*/true);
   repeat(2);
   wait_for_compiles();
-  repeat(2);
+  repeat(3);
   const std::string text = explain();
   EXPECT_TRUE(names(text, "program: "));
   EXPECT_EQ(text.find("replayed 0x;"), std::string::npos) << text;
@@ -96,7 +96,7 @@ TEST_F(Compile, TheQueueTakesManyPrograms) {
   begin_test(/*compile=*/true);
   const auto x = random(torch::kLazy, {5});
   const Statistics before = statistics();
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < 5; ++k) {
     for (int program = 1; program <= 3; ++program) {
       auto y = x;
       for (int t = 0; t < program; ++t) y = torch::cos(y) + y;

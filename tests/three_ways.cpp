@@ -51,7 +51,7 @@ std::string describe(const torch::Tensor& tensor) {
 class Comparison {
  public:
   Comparison(const Program& program, const Ways& ways) : ways_(ways) {
-    constexpr int kIterations = 3;
+    constexpr int kIterations = 4;
     const int count = ways.repeats_at + 1 + (ways.compiled ? kIterations : 0);
     torch::manual_seed(kSeed);
     const Step eager = program(eager_device());
@@ -93,6 +93,14 @@ class Comparison {
       EXPECT_GT(did.programs_requested, 0u) << explain();
     }
     wait_for_compiles();
+    {
+      // The program's first run: what it gives is compared with the interpreter's
+      // values, which are the ones that count.
+      const Statistics did = step("checked", /*exact=*/true);
+      EXPECT_EQ(did.ops_recorded, 0u) << explain();
+      EXPECT_GT(did.programs_checked, 0u) << explain();
+      EXPECT_EQ(did.program_failures, 0u) << explain();
+    }
     for (int k = 0; k < 2; ++k) {
       const Statistics did = step("compiled", /*exact=*/false);
       EXPECT_EQ(did.ops_recorded, 0u) << explain();
@@ -184,11 +192,14 @@ Statistics since(const Statistics& before) {
   now.segments_recorded -= before.segments_recorded;
   now.segments_interpreted -= before.segments_interpreted;
   now.segments_replayed -= before.segments_replayed;
+  now.segments_forgotten -= before.segments_forgotten;
   now.mismatches -= before.mismatches;
   now.programs_requested -= before.programs_requested;
   now.programs_compiled -= before.programs_compiled;
   now.programs_loaded -= before.programs_loaded;
   now.compile_failures -= before.compile_failures;
+  now.programs_checked -= before.programs_checked;
+  now.program_failures -= before.program_failures;
   now.programs_demoted -= before.programs_demoted;
   return now;
 }

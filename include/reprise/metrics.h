@@ -17,12 +17,14 @@ struct Statistics {
   uint64_t segments_recorded = 0;
   uint64_t segments_interpreted = 0;  ///< verified, then run op by op
   uint64_t segments_replayed = 0;     ///< verified, then run as a compiled program
+  uint64_t segments_forgotten = 0;    ///< to make room for others
   uint64_t mismatches = 0;            ///< verifications that left the record
   uint64_t programs_requested = 0;    ///< programs asked of the compile queue
   uint64_t programs_compiled = 0;
   uint64_t programs_loaded = 0;       ///< taken from the artifact store
   uint64_t compile_failures = 0;
-  uint64_t program_failures = 0;      ///< programs that threw, or returned what was not recorded
+  uint64_t programs_checked = 0;      ///< programs whose first run gave the interpreter's values
+  uint64_t program_failures = 0;      ///< programs that threw, or gave other values or tensors
   uint64_t programs_demoted = 0;      ///< measured slower than the interpreter
 };
 REPRISE_API Statistics statistics();
@@ -35,11 +37,13 @@ void for_each_statistic(const Statistics& s, const Visit& visit) {
   visit("segments_recorded", s.segments_recorded);
   visit("segments_interpreted", s.segments_interpreted);
   visit("segments_replayed", s.segments_replayed);
+  visit("segments_forgotten", s.segments_forgotten);
   visit("mismatches", s.mismatches);
   visit("programs_requested", s.programs_requested);
   visit("programs_compiled", s.programs_compiled);
   visit("programs_loaded", s.programs_loaded);
   visit("compile_failures", s.compile_failures);
+  visit("programs_checked", s.programs_checked);
   visit("program_failures", s.program_failures);
   visit("programs_demoted", s.programs_demoted);
 }

@@ -15,6 +15,11 @@ struct Options {
   /// `REPRISE_COMPILE=0|1`.
   bool compile = true;
 
+  /// Compare the first run of each program with the interpreter's on the same inputs,
+  /// and refuse one whose values differ by more than rounding explains.
+  /// `REPRISE_CHECK=0|1`.
+  bool check_programs = true;
+
   /// Take programs that measured slower than the interpreter out of service.
   /// `REPRISE_DEMOTE=0|1`.
   bool demote_slow_programs = true;
@@ -26,6 +31,13 @@ struct Options {
   /// A segment is worth a compile when its verified ops so far, all its
   /// repetitions taken together, are at least this many. `REPRISE_COMPILE_AFTER`.
   int64_t compile_after_ops = 64;
+
+  /// What a thread's traces take at most, in bytes, without programs: beyond, segments
+  /// that have not run for longest are forgotten. `REPRISE_TRACE_BYTES`.
+  int64_t trace_bytes = int64_t{128} << 20;
+
+  /// How many programs a thread's traces hold at most. `REPRISE_PROGRAMS`.
+  int64_t most_programs = 256;
 
   /// The nice value of the compiling thread and of the compilers that it starts,
   /// 0 to 19. At 10 they get a tenth of a core that the program keeps busy.

@@ -57,6 +57,7 @@ class Batch:
             self._run(calls)  # recorded
             self._run(calls)  # interpreted; a program is asked for
             torch.ops.reprise.wait_for_compiles()
+            self._run(calls)  # the program beside the interpreter
             before = statistics()
             outcomes = self._run(calls)
             did = since(before)

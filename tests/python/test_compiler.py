@@ -108,6 +108,40 @@ class InPlaceOps(CompilerTest):
 
         self.check(f, [torch.randn(4, 6)])
 
+    def test_inputs_take_what_other_inputs_held(self):
+        def swap(x, y):
+            old = x.clone()
+            x.copy_(y)
+            y.copy_(old)
+
+        def keep(x, y):
+            y.copy_(x.view(-1))
+            x.zero_()
+
+        def rotate(x, y, z):
+            old = x.clone()
+            x.copy_(y)
+            y.copy_(z)
+            z.copy_(old)
+
+        def later(x, y):
+            x.add_(1)
+            y.copy_(x.view(-1))
+            x.zero_()
+
+        self.check(swap, [torch.randn(5), torch.randn(5)], tolerance=0)
+        self.check(swap, [torch.randn(64, 64), torch.randn(64, 64)], tolerance=0)
+        self.check(keep, [torch.randn(3, 4), torch.randn(12)], tolerance=0)
+        self.check(rotate, [torch.randn(7), torch.randn(7), torch.randn(7)], tolerance=0)
+        self.check(later, [torch.randn(3, 4), torch.randn(12)], tolerance=0)
+
+    def test_a_list_with_a_tensor_twice_is_refused(self):
+        def f(x):
+            torch._foreach_mul_([x, x], 2.0)
+
+        with self.assertRaisesRegex(TraceError, "share a storage"):
+            self.check(f, [torch.randn(4)])
+
     def test_an_output_has_the_final_contents_of_its_storage(self):
         def f(x):
             y = torch.relu(x)

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from . import torch_patches
+from .mutations import copy_old_values_first
 from .toolchain import Toolchain
 from .trace_to_fx import TraceProgram, read_trace
 
@@ -47,6 +48,7 @@ def inductor_options() -> dict[str, Any]:
         "bundle_triton_into_fx_graph_cache": False,
         # Weights are inputs and change between calls.
         "freezing": False,
+        "post_grad_custom_post_pass": copy_old_values_first,
         # The thread count in force at the call counts, not that of the compile.
         # `threads` decides only which loops are worth a team at all.
         "cpp.dynamic_threads": True,

@@ -167,6 +167,7 @@ class _GraphBuilder:
                 positional.append(value)
             elif value is not None:
                 keywords[parameter.name] = value
+        self.refuse_overlapping_writes(schema, positional)
         op = self.without_symbolic_branches(op, keywords)
         self.rebase_as_strided(schema, positional)
         node = self.graph.call_function(op, tuple(positional), keywords)
@@ -190,6 +191,16 @@ class _GraphBuilder:
             keywords["alpha"] = self.graph.call_function(operator.neg, (keywords["alpha"],))
             return _SUB_AS_ADD[op]
         return op
+
+    def refuse_overlapping_writes(self, schema: Any, positional: list[Any]) -> None:
+        """Functionalization computes every element of a list from what was there before:
+        where two lie in one storage, the second's write undoes the first's.
+        """
+        for parameter, value in zip(schema.arguments, positional):
+            if isinstance(value, list) and parameter.alias_info and parameter.alias_info.is_write:
+                bases = [self.base(v) for v in value if isinstance(v, Node)]
+                if len(set(bases)) < len(bases):
+                    raise TraceError("elements of a list that is written share a storage")
 
     def rebase_as_strided(self, schema: Any, positional: list[Any]) -> None:
         """Applies `as_strided` and its kind, which count from the storage's

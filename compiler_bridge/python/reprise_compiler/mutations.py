@@ -1,0 +1,45 @@
+"""Reads of an input's old value that Inductor would place after its update.
+
+AOTAutograd ends a graph with a `copy_` into each input that the program writes, one
+after the other. Where the value to be copied *is* an input, or a view of one, and that
+input has its own `copy_` earlier, the new value is copied: `y.copy_(x); x.zero_()`
+fills `y` with zeros, and a swap through a clone, which Inductor takes for a no-op,
+gives both tensors the same numbers (torch 2.11.0, stock torch.compile as well). Values
+that are computed are safe: lowering realizes them before their input changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+_copy = torch.ops.aten.copy_.default
+
+
+def copy_old_values_first(graph: Graph) -> None:
+    """A `post_grad_custom_post_pass`: what would be read too late is copied before."""
+    copies = graph.find_nodes(op="call_function", target=_copy)
+    written: set[Node] = set()
+    for copy in copies:
+        destination, value = copy.args[0], copy.args[1]
+        source = _shown_by(value)
+        if source in written and source is not destination:
+            with graph.inserting_before(copies[0]):
+                old = graph.call_function(torch.ops.aten.clone.default, (value,))
+            old.meta.update(value.meta)
+            copy.replace_input_with(value, old)
+        written.add(destination)
+
+
+def _shown_by(node: Node) -> Node:
+    """The input that a view, or a view of a view, shows."""
+    while isinstance(node, Node) and node.op == "call_function" and _is_view(node):
+        node = node.args[0]
+    return node
+
+
+def _is_view(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(
+        r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
+    )

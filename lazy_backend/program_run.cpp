@@ -1,0 +1,152 @@
+#include "lazy_backend/program_run.h"
+
+#include <ATen/ops/empty_strided.h>
+
+#include <algorithm>
+
+#include "lazy_backend/device.h"
+#include "lazy_backend/interpreter.h"
+
+namespace reprise {
+namespace {
+
+/// Dynamic scalar `k` as a program takes it.
+at::Tensor scalar_input(Segment& segment, size_t k) {
+  auto& tensors = segment.scalar_tensors;
+  while (tensors.size() <= k) {
+    tensors.push_back(at::empty_strided({}, {}, at::TensorOptions().dtype(c10::kDouble)));
+  }
+  *static_cast<double*>(tensors[k].mutable_data_ptr()) = segment.scalars[k];
+  return tensors[k];
+}
+
+void compare_with_record(Program& program, const std::vector<at::Tensor>& inputs,
+                         const std::vector<at::Tensor>& outputs) {
+  TORCH_CHECK(outputs.size() == program.outputs.size(), "reprise: program ", program.name,
+              " returned ", outputs.size(), " outputs where ", program.outputs.size(),
+              " were expected");
+  for (size_t k = 0; k < outputs.size(); ++k) {
+    ProgramOutput& expected = program.outputs[k];
+    const at::Tensor& output = outputs[k];
+    TORCH_CHECK(output.sizes() == expected.geometry.sizes() &&
+                    output.scalar_type() == expected.geometry.dtype,
+                "reprise: program ", program.name, " returned ", output.dtype(), output.sizes(),
+                " where ", expected.geometry.dtype, expected.geometry.sizes(), " was recorded");
+    const auto shares = [&](const at::Tensor& other) {
+      return other.storage().unsafeGetStorageImpl() == output.storage().unsafeGetStorageImpl() ||
+             (output.numel() > 0 && other.storage().data() == output.storage().data());
+    };
+    expected.copy = output.strides() != expected.geometry.strides() ||
+                    output.storage_offset() != expected.geometry.offset ||
+                    output.storage().nbytes() < expected.nbytes ||
+                    expected.geometry.conjugate || expected.geometry.negative ||
+                    std::any_of(inputs.begin(), inputs.end(), shares) ||
+                    std::any_of(outputs.begin(), outputs.begin() + k, shares);
+  }
+}
+
+/// The input tensors of a program, over the storages of this run.
+class InputTensors {
+ public:
+  InputTensors(Program& program, const Segment& segment)
+      : tensors_(program.input_tensors), no_storage_(program.no_storage) {
+    if (C10_UNLIKELY(!no_storage_)) {
+      no_storage_ = c10::Storage(c10::Storage::use_byte_size_t(), 0,
+                                 c10::DataPtr(nullptr, backing_device_of(program.device_index)));
+    }
+    tensors_.resize(program.inputs.size());
+    for (size_t k = 0; k < program.inputs.size(); ++k) {
+      const ProgramInput& input = program.inputs[k];
+      if (input.kind != ProgramInput::Kind::kSlot) continue;
+      const c10::Storage& storage = segment.at(input.index)->backing();
+      if (C10_UNLIKELY(!tensors_[k].defined())) {
+        tensors_[k] = backing_tensor(storage, input.geometry);
+      } else {
+        tensors_[k].unsafeGetTensorImpl()->set_storage_keep_dtype(storage);
+      }
+    }
+  }
+  ~InputTensors() {  // keeps no storage alive
+    for (const at::Tensor& tensor : tensors_) {
+      if (tensor.defined()) {
+        tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(no_storage_);
+      }
+    }
+  }
+  InputTensors(const InputTensors&) = delete;
+  InputTensors& operator=(const InputTensors&) = delete;
+  const at::Tensor& operator[](size_t k) const { return tensors_[k]; }
+
+ private:
+  std::vector<at::Tensor>& tensors_;
+  c10::Storage& no_storage_;
+};
+
+/// The program's inputs, in order.
+std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots,
+                               Segment& segment, const std::vector<at::Tensor>& random) {
+  std::vector<at::Tensor> inputs;
+  inputs.reserve(program.inputs.size());
+  size_t next_random = 0;
+  for (size_t k = 0; k < program.inputs.size(); ++k) {
+    const ProgramInput& input = program.inputs[k];
+    switch (input.kind) {
+      case ProgramInput::Kind::kSlot:
+        inputs.push_back(slots[k]);
+        break;
+      case ProgramInput::Kind::kScalar:
+        inputs.push_back(scalar_input(segment, input.index));
+        break;
+      case ProgramInput::Kind::kRandom:
+        inputs.push_back(random[next_random++]);
+        break;
+    }
+  }
+  return inputs;
+}
+
+/// An output as eager's would lie in memory.
+at::Tensor as_recorded(const ProgramOutput& output, const at::Tensor& tensor) {
+  if (C10_LIKELY(!output.copy)) return tensor;
+  at::Tensor copy = empty_tensor(output.geometry, output.nbytes, tensor.device());
+  copy.copy_(tensor);
+  return copy;
+}
+
+}  // namespace
+
+void run_program(Program& program, Segment& segment) {
+  const InputTensors slots(program, segment);
+  const std::vector<at::Tensor> outputs =
+      program.runner->run(gather(program, slots, segment, segment.random));
+  for (size_t k = 0; k < outputs.size(); ++k) {
+    const ProgramOutput& output = program.outputs[k];
+    if (auto lazy = segment.lock(output.slot)) {
+      lazy->set_backing(as_recorded(output, outputs[k]).storage());
+    }
+  }
+  // What a random step has created is the storage that the program was given.
+  size_t next_random = 0;
+  for (const ProgramInput& input : program.inputs) {
+    if (input.kind != ProgramInput::Kind::kRandom) continue;
+    const at::Tensor& numbers = segment.random[next_random++];
+    const Step& step = *program.steps[input.index];
+    if (step.randomness != Randomness::kCreates) continue;
+    if (auto lazy = segment.lock(step.results[0].slot)) lazy->set_backing(numbers.storage());
+  }
+}
+
+std::vector<at::Tensor> try_program(Program& program, Segment& segment,
+                                    const std::vector<at::Tensor>& random) {
+  const InputTensors slots(program, segment);
+  std::vector<at::Tensor> inputs = gather(program, slots, segment, random);
+  const std::vector<at::Tensor> kept = inputs;
+  std::vector<at::Tensor> outputs = program.runner->run(std::move(inputs));
+  compare_with_record(program, kept, outputs);
+  for (size_t k = 0; k < outputs.size(); ++k) {
+    outputs[k] = as_recorded(program.outputs[k], outputs[k]);
+  }
+  return outputs;
+}
+
+}  // namespace reprise

@@ -1,0 +1,26 @@
+/// \file
+/// Calls a segment's compiled program.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "lazy_backend/program.h"
+#include "lazy_backend/segment.h"
+
+namespace reprise {
+
+/// Runs `program` for `segment`: created storages that are outputs and still held get
+/// their backing, written inputs their new contents. Throws what the program throws;
+/// inputs may have been written by then.
+void run_program(Program& program, Segment& segment);
+
+/// Runs it and returns its outputs, as eager's would lie in memory, and gives them to nobody. `random` is what the segment's random steps
+/// drew, in their order; the program may write to it, and to the segment's inputs. Notes
+/// in `program.outputs` what `run_program` must copy; throws where the program returns
+/// other tensors than were recorded.
+std::vector<at::Tensor> try_program(Program& program, Segment& segment,
+                                    const std::vector<at::Tensor>& random);
+
+}  // namespace reprise
