@@ -135,7 +135,7 @@ void launch(Node& node, Segment& segment) {
   }
   Program* program = end.program.get();
   const bool ready = program != nullptr && program->state == Program::State::kReady;
-  if (ready && !end.checked && covers(*program, segment)) {
+  if (ready && !end.checked && options().check_programs && covers(*program, segment)) {
     check(end, segment);
     return;
   }

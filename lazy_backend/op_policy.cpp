@@ -6,6 +6,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "lazy_backend/device.h"
+
 namespace reprise {
 namespace {
 
@@ -152,7 +154,13 @@ OpPolicy policy_of(const c10::OperatorHandle& op) {
 
   for (size_t k = 0; k < arguments.size(); ++k) {
     const auto* alias = arguments[k].alias_info();
-    if (alias != nullptr && alias->isWrite()) policy.writes.push_back(k);
+    const bool written = alias != nullptr && alias->isWrite();
+    if (written) policy.writes.push_back(k);
+    if (written && arguments[k].real_type()->kind() == c10::TypeKind::ListType) {
+      policy.counts_versions =
+          !op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView) &&
+          !op.hasKernelForDispatchKey(backing_key_set(backing_device_of(0)).highestPriorityTypeId());
+    }
     auto type = arguments[k].real_type();
     if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
     if (type->kind() == c10::TypeKind::DeviceObjType) policy.device_argument = static_cast<int>(k);

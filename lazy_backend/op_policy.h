@@ -37,6 +37,9 @@ struct OpPolicy {
   /// Indices of the arguments that it writes, from the schema and, for ops whose
   /// schema is silent, from the table.
   c10::SmallVector<uint8_t, 4> writes;
+  /// Eager's versions of what it writes are counted by the ops that it is made of on the
+  /// backing device (`_foreach_mul_`), which the lazy tensors never meet.
+  bool counts_versions = false;
   /// For each return, the argument that it is again, or -1.
   c10::SmallVector<int8_t, 4> returns_argument;
   /// The index of a dropout probability: the op is random where it is not 0, and

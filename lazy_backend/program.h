@@ -64,6 +64,7 @@ struct Program {
   /// runs. Used under the lock of the session whose tree holds the program.
   std::vector<at::Tensor> input_tensors;
   c10::Storage no_storage;
+  bool compared_with_record = false;  ///< `outputs[k].copy` is known; likewise
 
   // Set before the state becomes kFailed or kDemoted.
   std::string problem;

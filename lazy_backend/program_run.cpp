@@ -20,6 +20,7 @@ at::Tensor scalar_input(Segment& segment, size_t k) {
   return tensors[k];
 }
 
+/// Throws where the outputs are not those recorded, and notes which must be copied.
 void compare_with_record(Program& program, const std::vector<at::Tensor>& inputs,
                          const std::vector<at::Tensor>& outputs) {
   TORCH_CHECK(outputs.size() == program.outputs.size(), "reprise: program ", program.name,
@@ -43,6 +44,7 @@ void compare_with_record(Program& program, const std::vector<at::Tensor>& inputs
                     std::any_of(inputs.begin(), inputs.end(), shares) ||
                     std::any_of(outputs.begin(), outputs.begin() + k, shares);
   }
+  program.compared_with_record = true;
 }
 
 /// The input tensors of a program, over the storages of this run.
@@ -117,8 +119,11 @@ at::Tensor as_recorded(const ProgramOutput& output, const at::Tensor& tensor) {
 
 void run_program(Program& program, Segment& segment) {
   const InputTensors slots(program, segment);
-  const std::vector<at::Tensor> outputs =
-      program.runner->run(gather(program, slots, segment, segment.random));
+  std::vector<at::Tensor> inputs = gather(program, slots, segment, segment.random);
+  const bool first = !program.compared_with_record;
+  const std::vector<at::Tensor> kept = first ? inputs : std::vector<at::Tensor>();
+  const std::vector<at::Tensor> outputs = program.runner->run(std::move(inputs));
+  if (C10_UNLIKELY(first)) compare_with_record(program, kept, outputs);
   for (size_t k = 0; k < outputs.size(); ++k) {
     const ProgramOutput& output = program.outputs[k];
     if (auto lazy = segment.lock(output.slot)) {

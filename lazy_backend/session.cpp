@@ -294,6 +294,13 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
   const std::lock_guard<SessionLock> guard(lock_);
   const OpPolicy& how = policy(op);
+  if (C10_UNLIKELY(how.counts_versions)) {
+    for (const uint8_t k : how.writes) {
+      visit_tensors(arguments.slice(k, 1), [](const at::Tensor& tensor) {
+        if (is_lazy(tensor) && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+      });
+    }
+  }
   if (!is_traced(how, arguments)) {
     call_outside(op, how, stack);
     return;

@@ -151,8 +151,8 @@ size_t TraceTree::make_room() {
             [](const Node* a, const Node* b) { return a->end->last_run < b->end->last_run; });
   size_t dropped = 0;
   for (Node* node : ends) {
-    const bool bytes_left = many_bytes && bytes_ > most_bytes / 4 * 3;
-    const bool programs_left = many_programs && programs > most_programs / 4 * 3;
+    const bool bytes_left = many_bytes && bytes_ > most_bytes - most_bytes / 4;
+    const bool programs_left = many_programs && programs > most_programs - most_programs / 4;
     if (!bytes_left && !programs_left) break;
     if (!bytes_left && node->end->program == nullptr) continue;
     ++dropped;

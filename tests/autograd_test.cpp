@@ -242,5 +242,28 @@ TEST_F(Autograd, ManyLeavesInOneGraph) {
   });
 }
 
+TEST_F(Autograd, WritesByListsAreCounted) {
+  const auto versions = [](torch::Device device) {
+    std::vector<uint32_t> seen;
+    const auto x = random(device, {3}), y = random(device, {2}, torch::kDouble);
+    for (int k = 0; k < 3; ++k) {
+      torch::_foreach_mul_({x, y}, 2);
+      seen.push_back(x._version());
+      seen.push_back(y._version());
+      x.add_(1);
+      mark_step();
+    }
+    auto base = random(device, {4});
+    const auto view = base.view({2, 2});
+    torch::_foreach_add_({view}, 1);
+    base.requires_grad_(true);
+    seen.push_back(view.is_leaf());
+    (void)view.mul(2);
+    seen.push_back(view.is_leaf());
+    return seen;
+  };
+  EXPECT_EQ(versions(torch::kLazy), versions(eager_device()));
+}
+
 }  // namespace
 }  // namespace reprise::test

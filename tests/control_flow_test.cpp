@@ -283,5 +283,71 @@ TEST_F(ControlFlow, ManyReadsInOneStep) {
       12);
 }
 
+TEST_F(ControlFlow, AnErrorCaughtInEveryStepDoesNotEndItsRepeating) {
+  for (const bool compile : {false, true}) {
+    begin_test(compile);
+    const auto x = random(torch::kLazy, {3, 4});
+    const auto expected = torch::relu(x.cpu() * 2 + 1).sum().item<float>();
+    Statistics settled;
+    for (int k = 0; k < 10; ++k) {
+      auto y = x * 2;
+      EXPECT_THROW(torch::mm(y, y), c10::Error);
+      y = torch::relu(y + 1);
+      EXPECT_THROW(torch::mm(y, y), c10::Error);
+      EXPECT_FLOAT_EQ(y.sum().item<float>(), expected);
+      mark_step();
+      if (k == 3) wait_for_compiles();
+      if (k == 4) settled = statistics();
+    }
+    const Statistics did = since(settled);
+    EXPECT_EQ(did.ops_recorded, 0u) << explain();
+    EXPECT_GT(did.ops_verified, 0u);
+    if (compile) {
+      EXPECT_GE(did.segments_replayed, 5u) << explain();
+    }
+  }
+}
+
+TEST_F(ControlFlow, SegmentsThatDidNotRunForLongestAreForgotten) {
+  options().trace_bytes = 1 << 18;
+  const auto often = random(torch::kLazy, {5});
+  const auto expected = torch::tanh(often.cpu() * 2).sum().item<float>();
+  const Statistics before = statistics();
+  constexpr int kShapes = 400;
+  for (int size = 1; size <= kShapes; ++size) {
+    const auto once = torch::ones({size}, torch::kLazy);
+    EXPECT_EQ((once * 3 - 1).sum().item<float>(), 2.0f * static_cast<float>(size));
+    mark_step();
+    EXPECT_EQ(torch::tanh(often * 2).sum().item<float>(), expected);
+    mark_step();
+  }
+  const Statistics did = since(before);
+  EXPECT_GT(did.segments_forgotten, 50u) << explain();
+  EXPECT_LT(did.segments_forgotten, static_cast<uint64_t>(kShapes));
+  // The one that runs often was recorded once.
+  EXPECT_EQ(did.ops_recorded, 4u * kShapes + 3u);
+}
+
+TEST_F(ControlFlow, ProgramsThatDidNotRunForLongestAreForgotten) {
+  begin_test(/*compile=*/true);
+  options().most_programs = 2;
+  const auto x = random(torch::kLazy, {6}), host = x.cpu();
+  const auto step = [](torch::Tensor y, int n) {
+    for (int k = 0; k < n; ++k) y = torch::sigmoid(y);
+    return y.sum().item<float>();
+  };
+  for (int k = 0; k < 3; ++k) {
+    for (const int n : {1, 2, 3}) step(x, n);
+    wait_for_compiles();
+  }
+  const Statistics before = statistics();
+  options().compile = false;  // what comes is only recorded
+  for (int size = 1; size <= 70; ++size) {
+    (void)torch::ones({size}, torch::kLazy).sum().item<float>();
+  }
+  EXPECT_GE(since(before).segments_forgotten, 1u) << explain();
+  for (const int n : {1, 2, 3}) EXPECT_FLOAT_EQ(step(x, n), step(host, n));
+}
+
 }  // namespace
 }  // namespace reprise::test

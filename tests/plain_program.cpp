@@ -4,7 +4,12 @@
 //
 // trains a small model on the lazy device and on the CPU, prints the largest
 // difference between the two, and ends with EXIT_STATUS after MILLISECONDS.
-// While it has time left it goes on training. With WAIT_FOR_COMPILES set it waits
+// While it has time left it goes on training.
+//
+//     plain_program scale STEPS FACTOR
+//
+// computes with a constant factor on both, and prints the largest difference.
+// With WAIT_FOR_COMPILES set it waits
 // for all compiles every ten steps.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/torch.h>
@@ -46,9 +51,27 @@ void wait_for_compiles() {
       .call();
 }
 
+void print(const torch::Tensor& lazy, const torch::Tensor& host) {
+  std::cout << "device " << lazy.device() << "\n"
+            << "difference " << (lazy.cpu() - host).abs().max().item<float>() << std::endl;
+}
+
+int scale(int steps, double factor) {
+  const auto host = torch::arange(64).to(torch::kFloat), lazy = host.to(torch::kLazy);
+  torch::Tensor sum;
+  for (int k = 0; k < steps; ++k) {
+    if (k % 10 == 9) wait_for_compiles();
+    sum = (torch::tanh(lazy * factor) + lazy).sum();
+    (void)sum.item<float>();
+  }
+  print(sum, (torch::tanh(host * factor) + host).sum());
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 4 && std::string(argv[1]) == "scale") return scale(std::atoi(argv[2]), std::atof(argv[3]));
   const int steps = argc > 2 ? std::atoi(argv[2]) : 10;
   const int milliseconds = argc > 3 ? std::atoi(argv[3]) : 0;
   const int status = argc > 4 ? std::atoi(argv[4]) : 0;
@@ -68,7 +91,6 @@ int main(int argc, char** argv) {
     host_loss = host.step();
     if (k % 5 == 4) (void)lazy_loss.item<float>();
   }
-  std::cout << "device " << lazy_loss.device() << "\n"
-            << "difference " << (lazy_loss.cpu() - host_loss).abs().item<float>() << std::endl;
+  print(lazy_loss, host_loss);
   std::exit(status);
 }

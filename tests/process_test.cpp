@@ -176,5 +176,34 @@ TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
   EXPECT_EQ(third.count("[W"), 0u) << third.output;
 }
 
+/// The only package in a folder.
+std::filesystem::path package_in(const std::string& folder) {
+  std::filesystem::path found;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.path().extension() == ".pt2") found = entry.path();
+  }
+  return found;
+}
+
+TEST(WrongPrograms, AreRefusedAtTheirFirstRun) {
+  const std::string half = make_folder("half"), quarter = make_folder("quarter");
+  expect_right(train({{"REPRISE_CACHE_DIR", half}}, {"scale", "30", "0.5"}));
+  expect_right(train({{"REPRISE_CACHE_DIR", quarter}}, {"scale", "30", "0.25"}));
+  ASSERT_FALSE(package_in(half).empty());
+  ASSERT_FALSE(package_in(quarter).empty());
+  // As if the compiler had taken one factor for the other.
+  std::filesystem::copy_file(package_in(half), package_in(quarter),
+                             std::filesystem::copy_options::overwrite_existing);
+  const Ended ended = train({{"REPRISE_CACHE_DIR", quarter}}, {"scale", "30", "0.25"});
+  expect_right(ended);
+  EXPECT_EQ(ended.count("is not used: its first run differed"), 1u) << ended.output;
+  // Without the check its values would be the user's.
+  const Ended unchecked = train({{"REPRISE_CACHE_DIR", quarter}, {"REPRISE_CHECK", "0"}, {"REPRISE_DEMOTE", "0"}},
+                                {"scale", "30", "0.25"});
+  const auto at = unchecked.output.find("difference ");
+  ASSERT_NE(at, std::string::npos) << unchecked.output;
+  EXPECT_GT(std::stod(unchecked.output.substr(at + 11)), 0.1) << unchecked.output;
+}
+
 }  // namespace
 }  // namespace reprise::test

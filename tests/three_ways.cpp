@@ -212,6 +212,8 @@ void begin_test(bool compile) {
   options().compile_after_ops = 1;
   options().demote_slow_programs = false;
   options().find_steps = true;
+  options().trace_bytes = Options().trace_bytes;
+  options().most_programs = Options().most_programs;
   torch::manual_seed(0);
 }
 
