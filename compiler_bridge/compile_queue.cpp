@@ -171,7 +171,8 @@ bool CompileQueue::open_compiler(std::string* problem) {
   const std::string settings =
       c10::str("{\"python\":", json_text(python), ",\"package_dir\":", json_text(package),
                ",\"cache_dir\":", json_text(ArtifactStore::get().folder() + "/inductor"),
-               ",\"toolchain_dir\":", json_text(folder + "/reprise/toolchain"), "}");
+               ",\"toolchain_dir\":", json_text(folder + "/reprise/toolchain"),
+               ",\"compile_seconds\":", json_text(std::to_string(options().compile_seconds)), "}");
   char* error = nullptr;
   if (library.initialize(settings.c_str(), &error) != 0) {
     return give_up(c10::str("the Python '", python, "' cannot compile: ", take(error),

@@ -15,7 +15,9 @@ extern "C" {
 /// `options_json` is an object: `python` (path of the interpreter whose
 /// packages are used), `package_dir` (folder that holds `reprise_compiler/`),
 /// `cache_dir` (scratch folder for Inductor's own files), `toolchain_dir` (what
-/// `reprise_compiler.prebuild` has made, only read; may be missing).
+/// `reprise_compiler.prebuild` has made, only read; may be missing), and
+/// `compile_seconds` (a number as text: a compile that takes longer is given up;
+/// "0" or missing: none is).
 ///
 /// Returns 0, or non-zero with `*error` set to a message that the caller frees
 /// with `reprise_compiler_free`.

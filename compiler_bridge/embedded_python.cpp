@@ -11,6 +11,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
+#include <signal.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -142,6 +143,20 @@ void make_libpython_global() {
     dlopen(info.dli_fname, RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD);
 }
 
+/// Leaves SIGINT as it was. Python's `_signal` takes it when it is first imported, whatever
+/// the configuration says (CPython 3.11, signal_get_set_handlers), and the user's Ctrl-C
+/// would interrupt a compile and not the program.
+class KeepSigint {
+ public:
+  KeepSigint() { sigaction(SIGINT, nullptr, &before_); }
+  ~KeepSigint() { sigaction(SIGINT, &before_, nullptr); }
+  KeepSigint(const KeepSigint&) = delete;
+  KeepSigint& operator=(const KeepSigint&) = delete;
+
+ private:
+  struct sigaction before_ {};
+};
+
 /// Starts the interpreter as the given python would. Isolated: it heeds neither
 /// PYTHON* variables nor user folders, and leaves signals and locale alone.
 void start_interpreter(const std::string& python) {
@@ -158,9 +173,11 @@ void start_interpreter(const std::string& python) {
   // otherwise it would be the host program, and whoever starts
   // "another Python" from there starts the host once more.
   PyStatus status = PyConfig_SetBytesString(&config, &config.program_name, python.c_str());
+  const KeepSigint keep;
   if (!PyStatus_Exception(status)) status = Py_InitializeFromConfig(&config);
   PyConfig_Clear(&config);
   check(status);
+  checked(PyImport_ImportModule("signal"));
 }
 
 void import_compiler(const std::string& options_json, bool interpreter_is_ours) {
@@ -169,10 +186,11 @@ void import_compiler(const std::string& options_json, bool interpreter_is_ours) 
   Ref entry = checked(PyUnicode_DecodeFSDefault(package_dir.c_str()));
   if (!path || PyList_Insert(path, 0, entry.get()) != 0) throw PythonError(take_error());
   Ref module = checked(PyImport_ImportModule("reprise_compiler"));
-  checked(PyObject_CallMethod(module.get(), "initialize", "ssO",
+  checked(PyObject_CallMethod(module.get(), "initialize", "ssOs",
                               json_field(options_json, "cache_dir").c_str(),
                               json_field(options_json, "toolchain_dir").c_str(),
-                              interpreter_is_ours ? Py_True : Py_False));
+                              interpreter_is_ours ? Py_True : Py_False,
+                              json_field(options_json, "compile_seconds").c_str()));
 }
 
 std::string call_compile(const char* trace_json, const char* output_path) {

@@ -37,6 +37,7 @@ Options from_environment() {
   read("REPRISE_TRACE_BYTES", options.trace_bytes);
   read("REPRISE_PROGRAMS", options.most_programs);
   read("REPRISE_COMPILE_NICE", options.compile_niceness);
+  read("REPRISE_COMPILE_SECONDS", options.compile_seconds);
   read("REPRISE_CACHE_DIR", options.cache_dir);
   read("REPRISE_PYTHON", options.python);
   read("REPRISE_LOG", options.log_level);

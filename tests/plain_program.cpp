@@ -9,14 +9,25 @@
 //     plain_program scale STEPS FACTOR
 //
 // computes with a constant factor on both, and prints the largest difference.
+//
+//     plain_program fork STEPS
+//
+// forks, and trains in the child and then in the parent.
+//
+//     plain_program global STEPS
+//
+// keeps tensors and a model in objects that are destroyed after main.
 // With WAIT_FOR_COMPILES set it waits
 // for all compiles every ten steps.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <sys/wait.h>
 #include <torch/torch.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstdlib>
 #include <iostream>
+#include <memory>
 #include <string>
 
 namespace {
@@ -68,11 +79,52 @@ int scale(int steps, double factor) {
   return 0;
 }
 
+int train(int steps) {
+  Training lazy(torch::kLazy), host(torch::kCPU);
+  torch::Tensor lazy_loss, host_loss;
+  for (int k = 0; k < steps; ++k) {
+    lazy_loss = lazy.step();
+    host_loss = host.step();
+  }
+  print(lazy_loss, host_loss);
+  return 0;
+}
+
+int fork_first(int steps) {
+  const pid_t child = ::fork();
+  if (child == 0) return train(steps);
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  train(steps);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 100;
+}
+
+/// Both destroyed after main, one before and one after what libreprise has.
+torch::Tensor global_tensor;
+std::unique_ptr<Training> global_training;
+
+int keep_globals(int steps) {
+  static torch::Tensor late;
+  global_training = std::make_unique<Training>(torch::kLazy);
+  Training host(torch::kCPU);
+  torch::Tensor lazy_loss, host_loss;
+  for (int k = 0; k < steps; ++k) {
+    lazy_loss = global_training->step();
+    host_loss = host.step();
+  }
+  print(lazy_loss, host_loss);
+  global_tensor = lazy_loss * 2;  // pending at the end
+  late = global_tensor + 1;
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc == 4 && std::string(argv[1]) == "scale") return scale(std::atoi(argv[2]), std::atof(argv[3]));
   const int steps = argc > 2 ? std::atoi(argv[2]) : 10;
+  if (argc == 3 && std::string(argv[1]) == "fork") return fork_first(steps);
+  if (argc == 3 && std::string(argv[1]) == "global") return keep_globals(steps);
   const int milliseconds = argc > 3 ? std::atoi(argv[3]) : 0;
   const int status = argc > 4 ? std::atoi(argv[4]) : 0;
   const auto start = std::chrono::steady_clock::now();

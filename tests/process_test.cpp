@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <filesystem>
+#include <fstream>
 
 #include "reprise/reprise.h"
 #include "tests/child_process.h"
@@ -74,6 +75,34 @@ TEST(ProcessExit, DuringACompileIsClean) {
   }
 }
 
+TEST(ProcessExit, OfAChildThatWasForkedBeforeFirstUse) {
+  const Ended ended = run_child({plain_program(), "fork", "20"}, {{"REPRISE_COMPILE", "0"}});
+  EXPECT_EQ(ended.signal, 0) << ended.output;
+  EXPECT_EQ(ended.status, 0) << ended.output;
+  EXPECT_EQ(ended.count("device lazy"), 2u) << ended.output;
+  EXPECT_EQ(ended.count("difference 0\n"), 2u) << ended.output;
+}
+
+TEST(ProcessExit, WithTensorsThatOutliveMain) {
+  for (const char* compile : {"0", "1"}) {
+    const Ended ended = run_child({plain_program(), "global", "40"},
+                                  {{"REPRISE_COMPILE", compile},
+                                   {"REPRISE_COMPILE_AFTER", "1"},
+                                   {"REPRISE_CACHE_DIR", make_folder("global")}});
+    expect_right(ended);
+  }
+}
+
+TEST(ProcessExit, BySignalDuringACompile) {
+  // As from a terminal: to the whole group. The program has no handler, so it ends by it.
+  const Ended ended = run_child({"timeout", "--signal=INT", "9", "env", "--default-signal=INT",
+                                 plain_program(), "train", "20", "60000"},
+                                {{"REPRISE_COMPILE_AFTER", "1"},
+                                 {"REPRISE_CACHE_DIR", make_folder("interrupted")}});
+  EXPECT_LT(ended.seconds, 13.0) << ended.output;
+  EXPECT_EQ(ended.status, 124) << ended.output;  // timeout's own
+}
+
 TEST(WithoutACompiler, APythonThatIsNotThereIsOneWarning) {
   const Ended ended = train({{"REPRISE_PYTHON", "/nowhere/python"},
                              {"REPRISE_CACHE_DIR", make_folder("no-python")}},
@@ -102,6 +131,37 @@ TEST(WithoutACompiler, NoCxxCompilerLeavesTheProgramInterpreted) {
   expect_right(ended);
   EXPECT_GE(ended.count("[W"), 1u) << ended.output;
   EXPECT_LE(ended.count("[W"), 3u) << ended.output;  // one a program
+}
+
+/// Settings with C++ compilers that say what they are, and do what `script` says where
+/// they are to compile.
+Settings compilers_that(const std::string& name, const std::string& script) {
+  const std::string folder = make_folder(name);
+  for (const char* compiler : {"g++", "c++", "gcc", "clang++"}) {
+    const std::string file = folder + "/" + compiler;
+    std::ofstream(file) << "#!/bin/sh\ncase \"$*\" in *.cpp*|*.o*) " << script
+                        << ";; *) exec /usr/bin/" << compiler << " \"$@\";; esac\n";
+    ::chmod(file.c_str(), 0700);
+  }
+  return {{"PATH", folder + ":/usr/bin:/bin"},
+          {"CXX", folder + "/g++"},
+          {"WAIT_FOR_COMPILES", "1"},
+          {"REPRISE_CACHE_DIR", make_folder(name + "-cache")}};
+}
+
+TEST(WithoutACompiler, AKilledCompilerLeavesTheProgramInterpreted) {
+  const Ended ended = train(compilers_that("killed", "kill -9 $$"));
+  expect_right(ended);
+  EXPECT_GE(ended.count("could not be compiled and stays interpreted"), 1u) << ended.output;
+}
+
+TEST(WithoutACompiler, ACompileThatTakesForEverIsGivenUp) {
+  Settings settings = compilers_that("endless", "sleep 1000");
+  settings.emplace_back("REPRISE_COMPILE_SECONDS", "3");
+  const Ended ended = train(settings);
+  expect_right(ended);
+  EXPECT_GE(ended.count("it took longer than 3 s"), 1u) << ended.output;
+  EXPECT_LT(ended.seconds, 60.0);
 }
 
 TEST(WithoutACompiler, CompilingSwitchedOffSaysNothing) {
@@ -149,6 +209,21 @@ TEST(CacheFolder, IsMadeForItsUserAlone) {
   struct stat info {};
   ASSERT_EQ(::stat(folder.c_str(), &info), 0);
   EXPECT_EQ(info.st_mode & 0777, 0700u);
+}
+
+TEST(CacheFolder, AFullDiskIsAWarningAndNothingMore) {
+  const std::string folder = make_folder("full");
+  const std::string script = "mount -t tmpfs -o size=48k,mode=700 none " + folder +
+                             " && exec " + plain_program() + " train 60";
+  if (run_child({"unshare", "-m", "true"}).status != 0) {
+    GTEST_SKIP() << "no file system can be mounted here";
+  }
+  const Ended ended = run_child({"unshare", "-m", "sh", "-c", script},
+                                {{"REPRISE_COMPILE_AFTER", "1"},
+                                 {"WAIT_FOR_COMPILES", "1"},
+                                 {"REPRISE_CACHE_DIR", folder}});
+  expect_right(ended);
+  EXPECT_GE(ended.count("No space left on device"), 1u) << ended.output;
 }
 
 TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {

@@ -90,7 +90,7 @@ TEST_F(Threads, SharedParametersServeManyReaders) {
     }
     model->to(torch::kLazy);
     std::atomic<int> wrong{0};
-    in_threads(4, [&](int) {
+    in_threads(8, [&](int) {
       torch::NoGradGuard no_grad;
       for (int k = 0; k < 60; ++k) {
         const auto y = model->forward(input.to(torch::kLazy));
@@ -184,6 +184,82 @@ TEST_F(Threads, BackwardRunsOnTheCallersThread) {
   y.register_hook([&](const torch::Tensor&) { backward = std::this_thread::get_id(); });
   y.sum().backward();
   EXPECT_EQ(backward, std::this_thread::get_id());
+}
+
+TEST_F(Threads, HogwildTrainsOneModelFromMany) {
+  for (const bool compile : {false, true}) {
+    begin_test(compile);
+    // Each pulls its own row towards a target through a shared parameter: whatever the
+    // order of the updates, all rows get there.
+    constexpr int kThreads = 4, kSteps = 80;
+    auto weight = torch::zeros({kThreads, 8}).to(torch::kLazy);
+    const auto target = torch::linspace(-1, 1, 8);
+    in_threads(kThreads, [&](int t) {
+      auto row = weight.select(0, t).detach().requires_grad_();
+      torch::optim::SGD optimizer({row}, 0.5);
+      const auto goal = (target * (t + 1)).to(torch::kLazy);
+      for (int k = 0; k < kSteps; ++k) {
+        optimizer.zero_grad();
+        (row - goal).square().sum().mul(0.5).backward();
+        optimizer.step();
+        if (k % 4 == 3) mark_step();
+        if (k == kSteps / 2) wait_for_compiles();
+      }
+    });
+    const auto result = weight.cpu();
+    for (int t = 0; t < kThreads; ++t) {
+      EXPECT_TRUE(torch::allclose(result[t], target * (t + 1), 1e-4, 1e-4)) << t << result;
+    }
+  }
+}
+
+TEST_F(Threads, ALoadersThreadMakesTheBatches) {
+  const auto sum_of_losses = [](torch::Device device, bool threaded) {
+    torch::manual_seed(4);
+    const auto data = torch::randn({24, 5});
+    torch::nn::Linear model(5, 1);
+    model->to(device);
+    torch::optim::SGD optimizer(model->parameters(), 0.05);
+    double sum = 0;
+    const auto step = [&](const torch::Tensor& batch) {
+      optimizer.zero_grad();
+      const auto loss = model->forward(batch).square().mean();
+      loss.backward();
+      optimizer.step();
+      sum += loss.item<float>();
+    };
+    for (int k = 0; k < 12; ++k) {
+      const auto make = [&] { return data.slice(0, k * 2, k * 2 + 2).to(device) * 2; };
+      torch::Tensor batch;
+      if (threaded) {
+        std::thread([&] { batch = make(); }).join();
+      } else {
+        batch = make();
+      }
+      step(batch);
+    }
+    return sum;
+  };
+  EXPECT_EQ(sum_of_losses(torch::kLazy, true), sum_of_losses(eager_device(), false));
+}
+
+TEST_F(Threads, TwoThatReadEachOthersPendingTensorsDoNotWaitForEver) {
+  for (int round = 0; round < 20; ++round) {
+    std::vector<torch::Tensor> mine(2);
+    std::atomic<int> ready{0};
+    in_threads(2, [&](int t) {
+      const auto x = torch::full({4}, t + 1.0f).to(torch::kLazy);
+      for (int k = 0; k < 3; ++k) {
+        mine[static_cast<size_t>(t)] = x * 2 + k;  // pending from the second time on
+        mark_step();
+      }
+      mine[static_cast<size_t>(t)] = x * 2 + 0;
+      ++ready;
+      while (ready < 2) std::this_thread::yield();
+      const auto other = mine[static_cast<size_t>(1 - t)] + mine[static_cast<size_t>(t)];
+      EXPECT_EQ(other.sum().item<float>(), 24.0f);
+    });
+  }
 }
 
 }  // namespace

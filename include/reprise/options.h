@@ -44,6 +44,10 @@ struct Options {
   /// `REPRISE_COMPILE_NICE`.
   int compile_niceness = 10;
 
+  /// A compile that takes longer, in seconds, is given up, and its segment stays
+  /// interpreted. 0: none is. `REPRISE_COMPILE_SECONDS`.
+  int64_t compile_seconds = 600;
+
   /// Where compiled packages are kept. Empty: `$XDG_CACHE_HOME/reprise` or
   /// `~/.cache/reprise`. `REPRISE_CACHE_DIR`.
   std::string cache_dir;

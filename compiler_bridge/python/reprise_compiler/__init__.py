@@ -7,20 +7,24 @@ from __future__ import annotations
 from typing import Any
 
 _builder: Any = None
+_compile_seconds = 0.0
 
 
 def initialize(
     cache_dir: str | None = None,
     toolchain_dir: str | None = None,
     interpreter_is_ours: bool = False,
+    compile_seconds: float | str = 0.0,
 ) -> None:
     """Imports all that a compile needs and begins to build the toolchain.
 
     `toolchain_dir` is what prebuild.py has made, if anything.
     `interpreter_is_ours` is said by the host library when it has started this
-    interpreter for nothing but compiling.
+    interpreter for nothing but compiling. A compile that takes longer than
+    `compile_seconds` is given up; 0: none is.
     """
-    global _builder
+    global _builder, _compile_seconds
+    _compile_seconds = float(compile_seconds or 0)
     if interpreter_is_ours:
         from .guest import settle_in
 
@@ -41,4 +45,7 @@ def compile(trace_json: str, output_path: str) -> dict[str, Any]:
     """
     if _builder is None:
         initialize()
-    return _builder.compile(trace_json, output_path)
+    from .deadline import deadline
+
+    with deadline(_compile_seconds):
+        return _builder.compile(trace_json, output_path)

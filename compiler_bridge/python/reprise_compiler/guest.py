@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import logging
 import os
+import signal
 from pathlib import Path
 
 
@@ -14,6 +15,8 @@ def settle_in(cache_dir: str | None) -> None:
     # setenv moves the environment while the host's other threads may read it
     # (getenv(3), MT-Safety); Inductor sets variables for itself alone.
     os.putenv = os.unsetenv = lambda *_: None
+    # Signals are the host's.
+    signal.signal = lambda *_: signal.SIG_DFL
     if cache_dir:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(cache_dir, "inductor")
     # It says on import that there is no GPU.
