@@ -1,6 +1,5 @@
 #include "lazy_backend/executor.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 
@@ -9,6 +8,7 @@
 #include <utility>
 
 #include "compiler_bridge/compile_queue.h"
+#include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/log.h"
@@ -127,7 +127,7 @@ void launch(Node& node, Segment& segment) {
 
   // Backing tensors are plain ones whatever mode the user is in.
   c10::InferenceMode normal_tensors(false);
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const BelowUserModes below;
 
   if (end.wider != nullptr && end.wider->state != Program::State::kQueued) {
     if (end.wider->state == Program::State::kReady) end.serve(end.wider);

@@ -1,7 +1,6 @@
 #include "lazy_backend/interpreter.h"
 
 #include <ATen/core/ATen_fwd.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/core/GradMode.h>
@@ -9,6 +8,7 @@
 
 #include <algorithm>
 
+#include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
 
 namespace reprise {
@@ -122,7 +122,7 @@ at::Tensor empty_tensor(const Geometry& geometry, size_t nbytes, c10::Device dev
 
 at::Tensor draw(const Step& step) {
   c10::InferenceMode normal_tensors(false);
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const BelowUserModes below;
   const c10::Device device = backing_device_of(step.device_index);
   torch::jit::Stack stack;
   for (const Arg& arg : step.args) {
@@ -162,7 +162,7 @@ void run_steps(const std::vector<StepPtr>& steps, const Segment& segment,
   ArgumentBuilder arguments(storages, segment.scalars);
   torch::jit::Stack stack, held;
   size_t next_random = 0;
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const BelowUserModes below;
   // A few kernels ask for it (oneDNN's LSTM), and the launch may come under another.
   const c10::AutoGradMode restored(c10::GradMode::is_enabled());
   for (size_t k = 0; k < steps.size(); ++k) {

@@ -2,11 +2,11 @@
 /// Calls that are no steps of a trace: reads and writes of the host, changes of
 /// metadata, ops whose results depend on data, and what libtorch may not record.
 #include <ATen/Functions.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 
 #include <functional>
 
 #include "lazy_backend/device.h"
+#include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/session.h"
 #include "lazy_backend/step_recorder.h"
 
@@ -122,7 +122,7 @@ void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
   for (const c10::IValue& value : arguments) backing.push_back(unwrap_argument(value));
   {
     const Unlocked unlocked(lock_);
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const BelowUserModes below;
     op.callBoxed(&backing);
   }
   for (const Pair& pair : unwrap_argument.pairs()) {
@@ -148,7 +148,7 @@ void Session::host_write(const at::Tensor& destination, const at::Tensor& source
                          bool non_blocking) {
   LazyStorage* storage = lazy_storage(destination);
   detach_from_segment(storage, /*to_write=*/true, "the host writes a tensor of the step");
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const BelowUserModes below;
   unwrap(destination).copy_(source, non_blocking);
 }
 
@@ -161,7 +161,7 @@ void Session::allocate(const c10::OperatorHandle& op, const OpPolicy& how,
     index = std::max<c10::DeviceIndex>(device.toDevice().index(), 0);
     device = backing_device_of(index);
   }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const BelowUserModes below;
   op.callBoxed(stack);
   stack->back() = wrap_new(stack->back().toTensor(), index);
 }
@@ -173,7 +173,7 @@ void Session::metadata(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   const at::Tensor self = (*stack)[stack->size() - count].toTensor();
   const int64_t elements =
       static_cast<int64_t>(self.storage().nbytes() / self.dtype().itemsize());
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const BelowUserModes below;
   at::Tensor meta = at::empty({elements}, self.options().device(c10::kMeta))
                         .as_strided(self.sizes(), self.strides(), self.storage_offset());
   (*stack)[stack->size() - count] = meta;
@@ -188,7 +188,7 @@ void Session::resize(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const at::Tensor self = (*stack)[stack->size() - count].toTensor();
   LazyStorage* storage = lazy_storage(self);
   detach_from_segment(storage, /*to_write=*/true, "a tensor of the step was resized");
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const BelowUserModes below;
   const at::Tensor backing = unwrap(self);
   for (size_t k = stack->size() - count; k < stack->size(); ++k) {
     c10::IValue& value = (*stack)[k];

@@ -1,7 +1,6 @@
 #include "lazy_backend/session.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/InferenceMode.h>
 
 #include <sys/syscall.h>
@@ -11,6 +10,7 @@
 #include <mutex>
 
 #include "compiler_bridge/compile_queue.h"
+#include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/executor.h"
 #include "lazy_backend/exit_report.h"
@@ -527,7 +527,7 @@ void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
   const int64_t live = LazyStorage::live_on_this_thread() - live_at_start_;
   std::shared_ptr<Step> step;
   try {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const BelowUserModes below;
     recorder.take_arguments(*stack);
     op.callBoxed(stack);
     step = recorder.take_results(*stack);

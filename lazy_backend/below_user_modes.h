@@ -1,0 +1,19 @@
+/// \file
+/// For work on the backing device, whatever the calling thread has switched on.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace reprise {
+
+/// While it lives, ops go below autograd, which has done its part when an op reaches the
+/// device, and below autocast: a step that is recorded under it may be run after it, and
+/// must be the same step.
+class BelowUserModes {
+  at::AutoDispatchBelowADInplaceOrView autograd_;
+  c10::impl::ExcludeDispatchKeyGuard autocast_{c10::autocast_dispatch_keyset};
+};
+
+}  // namespace reprise
