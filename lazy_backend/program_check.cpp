@@ -1,6 +1,7 @@
 #include "lazy_backend/program_check.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Dispatch.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -22,44 +24,49 @@
 namespace reprise {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;  // elements that are compared at once
-constexpr size_t kWorthAFile = 1 << 20;
-
-/// Host memory that the system can write to disk; undefined where there is no room.
-at::Tensor file_memory(size_t nbytes) {
-  std::string name = ArtifactStore::get().folder() + "/check-XXXXXX";
-  const int file = ::mkstemp(name.data());
-  if (file < 0) return {};
-  ::unlink(name.c_str());
-  void* memory = MAP_FAILED;
-  // Without the blocks in advance, a full disk would be a signal later.
-  if (::posix_fallocate(file, 0, static_cast<off_t>(nbytes)) == 0) {
-    memory = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+/// Host memory for the copies of one check, which the system can write to disk: a file
+/// without a name. Ordinary memory where there is no room for one.
+class Arena {
+ public:
+  explicit Arena(size_t nbytes) : size_(nbytes) {
+    std::string name = ArtifactStore::get().folder() + "/check-XXXXXX";
+    const int file = nbytes == 0 ? -1 : ::mkstemp(name.data());
+    if (file < 0) return;
+    ::unlink(name.c_str());
+    // Without the blocks in advance, a full disk would be a signal later.
+    if (::posix_fallocate(file, 0, static_cast<off_t>(nbytes)) == 0) {
+      memory_ = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    }
+    ::close(file);
   }
-  ::close(file);
-  if (memory == MAP_FAILED) return {};
-  return at::from_blob(
-      memory, {static_cast<int64_t>(nbytes)}, [nbytes](void* m) { ::munmap(m, nbytes); },
-      at::TensorOptions().dtype(c10::kByte));
-}
-
-/// A copy of a tensor in host memory, with the same geometry where its elements are dense.
-at::Tensor park(const at::Tensor& tensor) {
-  const size_t nbytes = static_cast<size_t>(tensor.numel()) * tensor.itemsize();
-  at::Tensor memory = nbytes < kWorthAFile ? at::Tensor() : file_memory(nbytes);
-  const auto options = tensor.options().device(c10::kCPU);
-  at::Tensor copy;
-  if (memory.defined()) {
-    copy = at::empty({0}, options).set_(memory.storage(), 0, tensor.sizes(),
-                                        tensor.is_non_overlapping_and_dense()
-                                            ? tensor.strides()
-                                            : at::IntArrayRef(at::infer_dense_strides(
-                                                  tensor.sizes(), tensor.strides())));
-  } else {
-    copy = at::empty_like(tensor, options);
+  ~Arena() {
+    if (memory_ != MAP_FAILED) ::munmap(memory_, size_);
   }
-  return copy.copy_(tensor);
-}
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  static size_t needs(size_t nbytes) { return (nbytes + 63) / 64 * 64; }
+
+  /// A copy of a tensor's elements, with its own strides where it is dense. It must not
+  /// outlive the arena.
+  at::Tensor park(const at::Tensor& tensor) {
+    const size_t nbytes = needs(static_cast<size_t>(tensor.numel()) * tensor.itemsize());
+    const auto options = at::TensorOptions().dtype(tensor.scalar_type());
+    const bool fits = memory_ != MAP_FAILED && used_ + nbytes <= size_ && nbytes > 0;
+    if (!fits) return at::empty_like(tensor, options).copy_(tensor);
+    const auto strides = tensor.is_non_overlapping_and_dense()
+                             ? tensor.strides().vec()
+                             : at::infer_dense_strides(tensor.sizes(), tensor.strides());
+    at::Tensor copy =
+        at::from_blob(static_cast<char*>(memory_) + used_, tensor.sizes(), strides, options);
+    used_ += nbytes;
+    return copy.copy_(tensor);
+  }
+
+ private:
+  void* memory_ = MAP_FAILED;
+  size_t size_ = 0, used_ = 0;
+};
 
 /// All bytes of a storage, as elements of `dtype`.
 at::Tensor elements(const c10::Storage& storage, c10::ScalarType dtype) {
@@ -78,63 +85,103 @@ at::Tensor flat(const at::Tensor& tensor) {
              : plain.reshape({-1});
 }
 
-at::Tensor wide(const at::Tensor& chunk) {
-  return chunk.to(at::TensorOptions().device(c10::kCPU).dtype(
-      chunk.is_complex() ? c10::kComplexDouble : c10::kDouble));
-}
+/// A value is right where each element is within `elements` of the recorded one and of the
+/// root mean square of all, or where, taken together, they are within `norm` of it: of
+/// what the step has changed, for what it has written.
+struct Tolerance {
+  double elements = 0, norm = 0;
+};
 
-/// Calls `visit(a, b)` with pieces of both, as wide numbers on the host.
-template <class Visit>
-void for_each_chunk(const at::Tensor& a, const at::Tensor& b, const Visit& visit) {
-  const at::Tensor x = flat(a), y = flat(b);
-  for (int64_t at = 0; at < x.numel(); at += kChunk) {
-    visit(wide(x.slice(0, at, at + kChunk)), wide(y.slice(0, at, at + kChunk)));
+/// What some hundred roundings make of numbers of this dtype.
+Tolerance tolerance_of(c10::ScalarType dtype) {
+  switch (c10::toRealValueType(dtype)) {
+    case c10::kDouble:
+      return {1e-9, 1e-5};
+    case c10::kFloat:
+      return {1e-4, 2e-2};
+    case c10::kHalf:
+      return {1e-2, 5e-2};
+    default:
+      if (c10::isFloatingType(c10::toRealValueType(dtype))) return {5e-2, 1e-1};
+      return {};
   }
 }
 
-/// |a - b|; 0 where both are the same, infinite where one is no finite number.
-at::Tensor distance(const at::Tensor& a, const at::Tensor& b) {
-  const auto same = (a == b).logical_or(a.isnan().logical_and(b.isnan()));
-  return at::nan_to_num((a - b).abs(), INFINITY, INFINITY).masked_fill(same, 0);
+/// How two tensors differ. Where both are the same, NaN or infinite, that is 0; where one
+/// is not finite and the other another number, infinite.
+struct Difference {
+  double largest = 0;
+  double squares = 0;           ///< of the differences
+  double expected_squares = 0;  ///< of the finite numbers of the second
+  double changed_squares = 0;   ///< of the second's differences from the third
+  double limit_exceeded = 0;    ///< the most that an element is beyond its own limit
+};
+
+template <class T>
+double number(T x) {
+  return static_cast<double>(x);
+}
+
+template <class T>
+void add_difference(const T* a, const T* b, const T* before, int64_t count, double relative,
+                    double absolute, Difference& sum) {
+  for (int64_t k = 0; k < count; ++k) {
+    const double x = number(a[k]), y = number(b[k]);
+    const bool finite = std::isfinite(y);
+    if (finite) sum.expected_squares += y * y;
+    if (before != nullptr) {
+      const double change = y - number(before[k]);
+      if (std::isfinite(change)) sum.changed_squares += change * change;
+    }
+    if (x == y || (std::isnan(x) && std::isnan(y))) continue;
+    const double distance = finite && std::isfinite(x) ? std::abs(x - y)
+                                                       : std::numeric_limits<double>::infinity();
+    sum.largest = std::max(sum.largest, distance);
+    sum.squares += distance * distance;
+    sum.limit_exceeded = std::max(sum.limit_exceeded, distance - relative * std::abs(y) - absolute);
+  }
+}
+
+/// The elements on the host in one dimension, complex numbers as two.
+at::Tensor plain(const at::Tensor& tensor) {
+  at::Tensor host = flat(tensor).to(at::TensorOptions().device(c10::kCPU));
+  if (host.is_complex()) return at::view_as_real(host).reshape({-1});
+  const c10::ScalarType dtype = host.scalar_type();
+  const bool counted = c10::isIntegralType(dtype, /*includeBool=*/true) ||
+                       dtype == c10::kFloat || dtype == c10::kDouble || dtype == c10::kHalf ||
+                       dtype == c10::kBFloat16;
+  return counted && !c10::isBarebonesUnsignedType(dtype) ? host : host.view(c10::kByte);
+}
+
+/// `before` may be undefined. `relative` and `absolute` make an element's own limit.
+Difference difference(const at::Tensor& actual, const at::Tensor& expected,
+                      const at::Tensor& before, double relative = 0, double absolute = 0) {
+  const at::Tensor a = plain(actual), b = plain(expected);
+  const at::Tensor c = before.defined() ? plain(before) : at::Tensor();
+  Difference sum;
+  AT_DISPATCH_ALL_TYPES_AND3(c10::kHalf, c10::kBFloat16, c10::kBool, a.scalar_type(), "difference", [&] {
+    add_difference(a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(),
+                   c.defined() ? c.const_data_ptr<scalar_t>() : nullptr, a.numel(), relative,
+                   absolute, sum);
+  });
+  return sum;
 }
 
 double largest_distance(const at::Tensor& a, const at::Tensor& b) {
-  double largest = 0;
-  for_each_chunk(a, b, [&](const at::Tensor& x, const at::Tensor& y) {
-    largest = std::max(largest, distance(x, y).max().item<double>());
-  });
-  return largest;
+  return difference(a, b, {}).largest;
 }
 
-/// What a few hundred roundings make of a number of this dtype, relative to it.
-double tolerance_of(c10::ScalarType dtype) {
-  switch (c10::toRealValueType(dtype)) {
-    case c10::kDouble:
-      return 1e-9;
-    case c10::kFloat:
-      return 1e-4;
-    case c10::kHalf:
-      return 1e-2;
-    default:
-      return c10::isFloatingType(c10::toRealValueType(dtype)) ? 5e-2 : 0;
-  }
-}
-
-/// Every element of `actual` is within `tolerance` of itself and of the root mean square
-/// of all, and of `allowed` beyond.
-bool close(const at::Tensor& actual, const at::Tensor& expected, double tolerance, double allowed) {
-  double squares = 0;
-  for_each_chunk(expected, expected, [&](const at::Tensor& x, const at::Tensor&) {
-    squares += at::nan_to_num(x.abs(), 0, 0, 0).square().sum().item<double>();
-  });
-  const double scale =
-      std::sqrt(squares / static_cast<double>(std::max<int64_t>(expected.numel(), 1)));
-  bool all = true;
-  for_each_chunk(actual, expected, [&](const at::Tensor& x, const at::Tensor& y) {
-    const auto limit = at::nan_to_num(y.abs(), 0, 0, 0) * tolerance + (tolerance * scale + allowed);
-    all = all && (distance(x, y) <= limit).all().item<bool>();
-  });
-  return all;
+bool close(const at::Tensor& actual, const at::Tensor& expected, const at::Tensor& before,
+           double allowed) {
+  const Tolerance tolerance = tolerance_of(expected.scalar_type());
+  const Difference all = difference(actual, expected, before);
+  if (all.largest <= allowed) return true;
+  if (!std::isfinite(all.largest)) return false;
+  const auto count = static_cast<double>(std::max<int64_t>(expected.numel(), 1));
+  const double reference = before.defined() ? all.changed_squares : all.expected_squares;
+  if (all.squares <= tolerance.norm * tolerance.norm * reference) return true;
+  const double absolute = tolerance.elements * std::sqrt(all.expected_squares / count) + allowed;
+  return difference(actual, expected, {}, tolerance.elements, absolute).limit_exceeded <= 0;
 }
 
 /// The distance from 1 to the next number; 0 where there are no fractions.
@@ -154,23 +201,21 @@ double unit_of(c10::ScalarType dtype) {
 }
 
 double largest_of(const at::Tensor& tensor) {
-  double largest = 0;
-  for_each_chunk(tensor, tensor, [&](const at::Tensor& x, const at::Tensor&) {
-    largest = std::max(largest, at::nan_to_num(x.abs(), 0, 0, 0).max().item<double>());
-  });
-  return largest;
+  const at::Tensor finite = at::nan_to_num(tensor.abs(), 0, 0, 0);
+  return finite.numel() == 0 ? 0 : finite.max().item<double>();
 }
 
 /// Multiplies each element by one plus a few units in the last place.
 void disturb(const at::Tensor& tensor, at::Generator& generator) {
   const double unit = unit_of(tensor.scalar_type());
-  if (unit == 0) return;
-  if (!tensor.is_non_overlapping_and_dense()) return;
+  if (unit == 0 || !tensor.is_non_overlapping_and_dense()) return;
+  constexpr int64_t kChunk = 1 << 14;
   const at::Tensor all = flat(tensor);
   for (int64_t at = 0; at < all.numel(); at += kChunk) {
     const at::Tensor chunk = all.slice(0, at, at + kChunk);
+    const auto wide = chunk.is_complex() ? c10::kComplexDouble : c10::kDouble;
     const at::Tensor error = at::rand(chunk.sizes(), generator, c10::kDouble);
-    chunk.copy_(wide(chunk) * (1 + (error * 2 - 1) * (2 * unit)));
+    chunk.copy_(chunk.cpu().to(wide) * (1 + (error * 2 - 1) * (2 * unit)));
   }
 }
 
@@ -185,16 +230,26 @@ struct Value {
 
 class Check {
  public:
-  Check(Program& program, Segment& segment) : program_(program), segment_(segment) {}
+  Check(Program& program, Segment& segment)
+      : program_(program), segment_(segment), arena_(bytes_needed(program, segment)) {}
 
   std::optional<std::string> run() {
     for (const ProgramInput& input : program_.inputs) {
       if (input.kind == ProgramInput::Kind::kSlot) dtypes_[input.index] = input.geometry.dtype;
     }
-    for (const at::Tensor& numbers : segment_.random) random_.push_back(park(numbers));
+    for (const at::Tensor& numbers : segment_.random) random_.push_back(arena_.park(numbers));
     const auto problem = run_program_first();
     interpret(program_.steps, segment_);
     if (problem) return problem;
+    try {
+      return compare();
+    } catch (const std::exception& error) {
+      return c10::str("it could not be compared with the interpreter: ", error.what());
+    }
+  }
+
+ private:
+  std::optional<std::string> compare() {
     take_interpreters();
     if (!differing(/*with_noise=*/false)) return std::nullopt;
     measure_noise();
@@ -208,7 +263,20 @@ class Check {
                     noise_[place]);
   }
 
- private:
+  static size_t bytes_needed(const Program& program, const Segment& segment) {
+    size_t nbytes = 0;
+    for (const StepPtr& step : program.steps) {
+      for (const uint32_t slot : step->written_inputs) {
+        nbytes += 2 * Arena::needs(segment.at(slot)->backing().nbytes());
+      }
+    }
+    for (const ProgramOutput& output : program.outputs) {
+      nbytes += Arena::needs(std::max(output.nbytes, output.geometry.nbytes()));
+    }
+    for (const at::Tensor& numbers : segment.random) nbytes += Arena::needs(numbers.nbytes());
+    return nbytes;
+  }
+
   /// Leaves the inputs as they were. Returns why the program cannot run.
   std::optional<std::string> run_program_first() {
     for (const StepPtr& step : program_.steps) {
@@ -217,7 +285,7 @@ class Check {
         value.slot = slot;
         value.written_input = true;
         value.geometry.dtype = dtype_of(slot);
-        value.before = park(input(slot));
+        value.before = arena_.park(input(slot));
         values_.push_back(std::move(value));
       }
     }
@@ -226,13 +294,13 @@ class Check {
       std::vector<at::Tensor> random;
       for (const at::Tensor& numbers : segment_.random) random.push_back(numbers.clone());
       std::vector<at::Tensor> outputs = try_program(program_, segment_, random);
-      for (Value& value : values_) value.program = park(input(value.slot));
+      for (Value& value : values_) value.program = arena_.park(input(value.slot));
       for (size_t k = 0; k < outputs.size(); ++k) {
         const ProgramOutput& output = program_.outputs[k];
         Value value;
         value.slot = output.slot;
         value.geometry = output.geometry;
-        value.program = park(std::exchange(outputs[k], at::Tensor()));
+        value.program = arena_.park(std::exchange(outputs[k], at::Tensor()));
         values_.push_back(std::move(value));
       }
     } catch (const std::exception& error) {
@@ -267,7 +335,7 @@ class Check {
       // softmax of nearly 1 is taken from 1, say: units of the largest number there is.
       const double lost = unit_of(value.geometry.dtype) * largest_;
       const double allowed = with_noise ? 8 * (noise_[k] + lost) : 0;
-      if (!close(value.program, value.interpreter, tolerance_of(value.geometry.dtype), allowed)) {
+      if (!close(value.program, value.interpreter, value.before, allowed)) {
         return &value;
       }
     }
@@ -325,6 +393,7 @@ class Check {
 
   Program& program_;
   Segment& segment_;
+  Arena arena_;
   std::unordered_map<uint32_t, c10::ScalarType> dtypes_;  ///< of inputs
   std::vector<at::Tensor> random_;  ///< what the random steps drew
   std::vector<Value> values_;
