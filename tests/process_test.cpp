@@ -215,7 +215,7 @@ TEST(CacheFolder, AFullDiskIsAWarningAndNothingMore) {
   const std::string folder = make_folder("full");
   const std::string script = "mount -t tmpfs -o size=48k,mode=700 none " + folder +
                              " && exec " + plain_program() + " train 60";
-  if (run_child({"unshare", "-m", "true"}).status != 0) {
+  if (run_child({"unshare", "-m", "mount", "-t", "tmpfs", "none", folder}).status != 0) {
     GTEST_SKIP() << "no file system can be mounted here";
   }
   const Ended ended = run_child({"unshare", "-m", "sh", "-c", script},
