@@ -116,8 +116,6 @@ SegmentEnd& end_of(Node& node) {
     node.end->replay_range = "reprise::replay " + node.end->name;
     node.end->interpret_range = "reprise::interpret " + node.end->name;
   }
-  static std::atomic<uint64_t> runs{0};
-  node.end->last_run = runs.fetch_add(1, std::memory_order_relaxed);
   return *node.end;
 }
 
@@ -135,12 +133,13 @@ void launch(Node& node, Segment& segment) {
   }
   Program* program = end.program.get();
   const bool ready = program != nullptr && program->state == Program::State::kReady;
-  if (ready && !end.checked && options().check_programs && covers(*program, segment)) {
+  const bool usable = ready && covers(*program, segment);
+  if (usable && !end.checked && options().check_programs) {
     check(end, segment);
     return;
   }
   const bool timing = ready && options().demote_slow_programs && !end.contest.decided();
-  if (ready && covers(*program, segment)) {
+  if (usable) {
     if (!timing || end.contest.next() == Contest::Runner::kProgram) {
       RECORD_FUNCTION(end.replay_range, std::vector<c10::IValue>());
       const auto start = timing ? Clock::now() : Clock::time_point();

@@ -21,7 +21,7 @@ struct SegmentEnd {
   std::string replay_range, interpret_range;  ///< names in a profiler's trace
   std::string reason;  ///< why the last one ended here
   bool at_error = false;  ///< the op that came next threw
-  uint64_t last_run = 0;  ///< or recorded: by a count of all segments'
+  uint64_t last_run = 0;  ///< or recorded: by its session's count of segments
   uint64_t recorded = 0;
   uint64_t interpreted = 0;
   uint64_t replayed = 0;
@@ -47,7 +47,7 @@ struct SegmentEnd {
   }
 };
 
-/// The end at `node`, made where there is none; marked as the one that ran last.
+/// The end at `node`, made where there is none.
 SegmentEnd& end_of(Node& node);
 
 /// Runs the verified segment that ends at `node`. Afterwards every created

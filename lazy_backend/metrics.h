@@ -22,8 +22,8 @@ class Counter {
 /// Process-wide. Ops are counted by their session and added at a segment's end.
 struct Metrics {
   Counter ops_recorded, ops_verified, segments_recorded, segments_interpreted,
-      segments_replayed, segments_forgotten, mismatches, programs_requested, programs_compiled, programs_loaded,
-      compile_failures, programs_checked, program_failures, programs_demoted;
+      segments_replayed, segments_forgotten, mismatches, programs_requested, programs_compiled,
+      programs_loaded, compile_failures, programs_checked, program_failures, programs_demoted;
 };
 Metrics& metrics();
 

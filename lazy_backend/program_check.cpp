@@ -228,6 +228,7 @@ struct Value {
   Geometry geometry;
   at::Tensor before;  ///< of a written input
   at::Tensor program, interpreter;
+  double noise = 0;  ///< how far the interpreter was off when it was disturbed
 };
 
 class Check {
@@ -257,12 +258,11 @@ class Check {
     measure_noise();
     const Value* value = differing(/*with_noise=*/true);
     if (value == nullptr) return std::nullopt;
-    const auto place = static_cast<size_t>(value - values_.data());
     return c10::str("its first run differed from the interpreter's: ",
                     value->written_input ? "the written input in slot " : "the output in slot ",
                     value->slot, " (", value->geometry.dtype, value->program.sizes(), ") by ",
                     largest_distance(value->program, value->interpreter), ", where rounding explains ",
-                    noise_[place]);
+                    value->noise);
   }
 
   static size_t bytes_needed(const Program& program, const Segment& segment) {
@@ -327,16 +327,14 @@ class Check {
       held.push_back(std::move(value));
     }
     values_ = std::move(held);
-    noise_.assign(values_.size(), 0);
   }
 
   const Value* differing(bool with_noise) const {
-    for (size_t k = 0; k < values_.size(); ++k) {
-      const Value& value = values_[k];
+    for (const Value& value : values_) {
       // Beside what disturbed values show there is what an op loses inside, where a
       // softmax of nearly 1 is taken from 1, say: units of the largest number there is.
       const double lost = unit_of(value.geometry.dtype) * largest_;
-      const double allowed = with_noise ? 8 * (noise_[k] + lost) : 0;
+      const double allowed = with_noise ? 8 * (value.noise + lost) : 0;
       if (!close(value.program, value.interpreter, value.before, allowed)) {
         return &value;
       }
@@ -348,15 +346,16 @@ class Check {
     constexpr uint64_t kRuns = 4;
     for (uint64_t run = 0; run < kRuns; ++run) {
       auto generator = at::make_generator<at::CPUGeneratorImpl>(run);
+      std::vector<at::Tensor> copies(segment_.size());
+      for (const Value& value : values_) {
+        if (value.written_input) copies[value.slot] = input(value.slot).clone().copy_(value.before);
+      }
       std::vector<c10::Storage> storages(segment_.size());
       for (uint32_t slot = 0; slot < segment_.size(); ++slot) {
         if (segment_.is_created(slot)) continue;
-        at::Tensor copy = input(slot).clone();
-        for (const Value& value : values_) {
-          if (value.written_input && value.slot == slot) copy.copy_(value.before);
-        }
-        disturb(copy, generator);
-        storages[slot] = copy.storage();
+        if (!copies[slot].defined()) copies[slot] = input(slot).clone();
+        disturb(copies[slot], generator);
+        storages[slot] = copies[slot].storage();
       }
       std::vector<at::Tensor> random;
       for (const at::Tensor& numbers : random_) {
@@ -372,12 +371,11 @@ class Check {
                   disturb(tensor, generator);
                   created[slot] = tensor.storage();
                 });
-      for (size_t k = 0; k < values_.size(); ++k) {
-        const Value& value = values_[k];
+      for (Value& value : values_) {
         const at::Tensor disturbed =
             value.written_input ? elements(storages[value.slot], value.geometry.dtype)
                                 : backing_tensor(created.at(value.slot), value.geometry);
-        noise_[k] = std::max(noise_[k], largest_distance(disturbed, value.interpreter));
+        value.noise = std::max(value.noise, largest_distance(disturbed, value.interpreter));
       }
     }
   }
@@ -399,8 +397,7 @@ class Check {
   std::unordered_map<uint32_t, c10::ScalarType> dtypes_;  ///< of inputs
   std::vector<at::Tensor> random_;  ///< what the random steps drew
   std::vector<Value> values_;
-  double largest_ = 0;         ///< number that a step has made
-  std::vector<double> noise_;  ///< of each value: how far disturbed runs were off
+  double largest_ = 0;  ///< number that a step has made
 };
 
 }  // namespace

@@ -180,7 +180,7 @@ void Session::end_segment(const char* reason) {
     Node* node = cursor_;
     recorded_since_hit_ = 0;
     next_pause_ = kFirstPause;
-    end_of(*node).reason = reason;
+    reached(*node).reason = reason;
     cursor_ = hot_cursor_ = nullptr;
     struct Begin {  // whatever happens, the next segment begins clean
       Session* session;
@@ -191,13 +191,19 @@ void Session::end_segment(const char* reason) {
     return;
   }
   if (!log_.empty()) {
-    SegmentEnd& end = end_of(*insert(log_.size()));
+    SegmentEnd& end = reached(*insert(log_.size()));
     end.reason = reason;
     end.at_error = end.at_error || reason == kAnOpThrew;
     ++end.recorded;
     REPRISE_LOG(1, end.name, ": recorded ", log_.size(), " ops, ended by ", reason);
   }
   begin_segment();
+}
+
+SegmentEnd& Session::reached(Node& node) {
+  SegmentEnd& end = end_of(node);
+  end.last_run = ++segments_;
+  return end;
 }
 
 void Session::draw_random(const Step& step) { current_.random.push_back(draw(step)); }
@@ -225,7 +231,8 @@ void Session::launch_closed() {
     }
   } finish{this};
   Node* node = closed_node_;
-  if (end_of(*node).reason.empty()) end_of(*node).reason = "the step ends here";
+  SegmentEnd& end = reached(*node);
+  if (end.reason.empty()) end.reason = "the step ends here";
   launch(*node, closed_);
 }
 
@@ -502,6 +509,7 @@ void Session::recover() {
         node->end && node->end->program && node->end->program->state == Program::State::kReady;
     log_ = TraceTree::path(node);
     if (compiled) {
+      reached(*node);
       launch(*node, current_);
     } else {
       c10::InferenceMode normal_tensors(false);
@@ -629,8 +637,7 @@ void Session::refeed() {
 void Session::make_room() {
   // Programs are counted now and then: that is a walk through the tree.
   constexpr uint64_t kNowAndThen = 64;
-  const bool full = tree_.bytes() > static_cast<size_t>(std::max<int64_t>(options().trace_bytes, 0));
-  if (!full && ++inserts_ % kNowAndThen != 0) return;
+  if (!tree_.takes_too_much() && ++inserts_ % kNowAndThen != 0) return;
   launch_closed();
   follow_ = nullptr;
   if (const size_t forgotten = tree_.make_room()) {
@@ -650,7 +657,7 @@ Node* Session::insert(size_t count) {
 void Session::drop_front(size_t count) {
   Node* node = insert(count);
   node->cut = true;
-  SegmentEnd& end = end_of(*node);
+  SegmentEnd& end = reached(*node);
   if (end.recorded++ == 0) {
     end.reason = "the step ends here";
     REPRISE_LOG(1, end.name, ": recorded a step of ", count, " ops");

@@ -88,6 +88,8 @@ class Session {
   friend struct ThreadExit;
 
   void draw_random(const Step& step);
+  /// The end at `node`, as the one that ran last.
+  SegmentEnd& reached(Node& node);
   void begin_segment();
   void end_segment(const char* reason);
   void close();
@@ -150,6 +152,7 @@ class Session {
   int64_t live_at_start_ = 0;
   uint64_t ops_recorded_ = 0;
   uint64_t inserts_ = 0;
+  uint64_t segments_ = 0;  ///< recorded or run
 
   // Programs that never repeat: see pause_recording. All in ops.
   static constexpr uint64_t kPatience = 100'000;

@@ -48,6 +48,23 @@ size_t bytes_of(const std::vector<Result>& results) {
   return bytes;
 }
 
+/// A limit among the options; a negative one is 0.
+size_t at_most(int64_t option) { return static_cast<size_t>(std::max<int64_t>(option, 0)); }
+
+/// Calls `visit` for `root` and each node below it, after which the node may be gone.
+template <class Visit>
+void for_each_below(Node* root, const Visit& visit) {
+  std::vector<Node*> open{root};
+  while (!open.empty()) {
+    Node* node = open.back();
+    open.pop_back();
+    for (Node* child = node->child; child != nullptr; child = child->sibling) {
+      open.push_back(child);
+    }
+    visit(node);
+  }
+}
+
 }  // namespace
 
 Node* TraceTree::make_node(Node* parent, StepPtr step) {
@@ -112,15 +129,9 @@ std::vector<StepPtr> TraceTree::path(const Node* node) {
 }
 
 void TraceTree::drop_programs(Node* node) {
-  std::vector<Node*> open{node};
-  while (!open.empty()) {
-    Node* next = open.back();
-    open.pop_back();
+  for_each_below(node, [](Node* next) {
     if (next->end) next->end->drop_programs();
-    for (Node* child = next->child; child != nullptr; child = child->sibling) {
-      open.push_back(child);
-    }
-  }
+  });
 }
 
 void TraceTree::prune(Node* node) {
@@ -136,6 +147,8 @@ void TraceTree::prune(Node* node) {
   }
 }
 
+bool TraceTree::takes_too_much() const { return bytes_ > at_most(options().trace_bytes); }
+
 size_t TraceTree::make_room() {
   std::vector<Node*> ends;
   size_t programs = 0;
@@ -143,9 +156,9 @@ size_t TraceTree::make_room() {
     ends.push_back(&node);
     programs += node.end->program != nullptr ? 1 : 0;
   });
-  const auto most_bytes = static_cast<size_t>(std::max<int64_t>(options().trace_bytes, 0));
-  const auto most_programs = static_cast<size_t>(std::max<int64_t>(options().most_programs, 0));
-  const bool many_bytes = bytes_ > most_bytes, many_programs = programs > most_programs;
+  const size_t most_bytes = at_most(options().trace_bytes);
+  const size_t most_programs = at_most(options().most_programs);
+  const bool many_bytes = takes_too_much(), many_programs = programs > most_programs;
   if (!many_bytes && !many_programs) return 0;
   std::sort(ends.begin(), ends.end(),
             [](const Node* a, const Node* b) { return a->end->last_run < b->end->last_run; });
@@ -164,20 +177,10 @@ size_t TraceTree::make_room() {
   return dropped;
 }
 
-void TraceTree::free_below(Node* root) {
-  std::vector<Node*> open{root};
-  while (!open.empty()) {
-    Node* node = open.back();
-    open.pop_back();
-    for (Node* child = node->child; child != nullptr; child = child->sibling) {
-      open.push_back(child);
-    }
-    delete node;
-  }
-}
-
 void TraceTree::clear() {
-  for (const auto& [environment, root] : roots_) free_below(root);
+  for (const auto& [environment, root] : roots_) {
+    for_each_below(root, [](Node* node) { delete node; });
+  }
   roots_.clear();
   size_ = bytes_ = 0;
 }

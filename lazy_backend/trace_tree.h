@@ -61,6 +61,8 @@ class TraceTree {
   /// programs and the nodes that only they need, those that ran longest ago first, until
   /// a quarter is free again. Returns how many. Roots stay; no other node may be in use.
   size_t make_room();
+  /// The nodes alone are over their limit.
+  bool takes_too_much() const;
 
   size_t size() const { return size_; }
   size_t bytes() const { return bytes_; }
@@ -87,7 +89,6 @@ class TraceTree {
   Node* make_node(Node* parent, StepPtr step);
   /// Removes a node without children and end, and its parents that become such.
   void prune(Node* node);
-  void free_below(Node* root);
 
   size_t size_ = 0;
   size_t bytes_ = 0;

@@ -79,14 +79,21 @@ int scale(int steps, double factor) {
   return 0;
 }
 
-int train(int steps) {
-  Training lazy(torch::kLazy), host(torch::kCPU);
+/// Trains and returns the last loss.
+torch::Tensor train(Training& lazy, int steps) {
+  Training host(torch::kCPU);
   torch::Tensor lazy_loss, host_loss;
   for (int k = 0; k < steps; ++k) {
     lazy_loss = lazy.step();
     host_loss = host.step();
   }
   print(lazy_loss, host_loss);
+  return lazy_loss;
+}
+
+int train(int steps) {
+  Training lazy(torch::kLazy);
+  train(lazy, steps);
   return 0;
 }
 
@@ -106,13 +113,7 @@ std::unique_ptr<Training> global_training;
 int keep_globals(int steps) {
   static torch::Tensor late;
   global_training = std::make_unique<Training>(torch::kLazy);
-  Training host(torch::kCPU);
-  torch::Tensor lazy_loss, host_loss;
-  for (int k = 0; k < steps; ++k) {
-    lazy_loss = global_training->step();
-    host_loss = host.step();
-  }
-  print(lazy_loss, host_loss);
+  const auto lazy_loss = train(*global_training, steps);
   global_tensor = lazy_loss * 2;  // pending at the end
   late = global_tensor + 1;
   return 0;

@@ -316,10 +316,11 @@ TEST_F(Programs, AnExceptionBetweenAnyTwoOps) {
 
 // --- Memory ----------------------------------------------------------------
 
-/// The CPU's allocator, which fails once when it is told to.
+/// The CPU's allocator while it lives; fails once when it is told to.
 class FailingAllocator final : public c10::Allocator {
  public:
-  explicit FailingAllocator(c10::Allocator* stock) : stock_(stock) {}
+  FailingAllocator() { c10::SetAllocator(c10::kCPU, this, kPriority); }
+  ~FailingAllocator() override { c10::SetAllocator(c10::kCPU, stock_, kPriority); }
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes >= least && --until_failure == 0) {
       ++failures;
@@ -337,15 +338,14 @@ class FailingAllocator final : public c10::Allocator {
   int failures = 0;
 
  private:
-  c10::Allocator* stock_;
+  static constexpr uint8_t kPriority = 10;
+  c10::Allocator* const stock_ = c10::GetAllocator(c10::kCPU);
 };
 
 TEST_F(Programs, TheInterpreterTakesOverWhereAProgramFindsNoMemory) {
   if (!eager_device().is_cpu()) GTEST_SKIP() << "the CPU's allocator is made to fail";
   begin_test(/*compile=*/true);
-  c10::Allocator* stock = c10::GetAllocator(c10::kCPU);
-  static FailingAllocator allocator(stock);
-  c10::SetAllocator(c10::kCPU, &allocator, /*priority=*/10);
+  FailingAllocator allocator;
   const auto x = random(torch::kLazy, {256, 256});
   const auto step = [](const torch::Tensor& in) { return torch::mm(torch::tanh(in) + 1, in).relu(); };
   const auto expected = step(x.cpu());
@@ -358,16 +358,13 @@ TEST_F(Programs, TheInterpreterTakesOverWhereAProgramFindsNoMemory) {
     wait_for_compiles();
     expect_close(y, expected, 100);
   }
-  c10::SetAllocator(c10::kCPU, stock, /*priority=*/10);
   EXPECT_GE(since(before).segments_replayed, 1u) << explain();
   EXPECT_EQ(since(before).program_failures, 1u) << explain();
 }
 
 TEST_F(Programs, NoMemoryForAnOpIsItsOwnErrorAndTheProgramGoesOn) {
   if (!eager_device().is_cpu()) GTEST_SKIP() << "the CPU's allocator is made to fail";
-  c10::Allocator* stock = c10::GetAllocator(c10::kCPU);
-  static FailingAllocator allocator(stock);
-  c10::SetAllocator(c10::kCPU, &allocator, /*priority=*/10);
+  FailingAllocator allocator;
   const auto x = random(torch::kLazy, {256, 256});
   for (int k = 0; k < 6; ++k) {
     auto y = torch::tanh(x);
@@ -380,7 +377,6 @@ TEST_F(Programs, NoMemoryForAnOpIsItsOwnErrorAndTheProgramGoesOn) {
       EXPECT_NO_THROW((void)(y + 1).sum().item<float>());
     }
   }
-  c10::SetAllocator(c10::kCPU, stock, /*priority=*/10);
   expect_same_bits(torch::tanh(x), torch::tanh(x.cpu()));
 }
 

@@ -17,12 +17,6 @@ using Tensors = std::vector<torch::Tensor>;
     .kind = Op::Kind::kTensor, .text = #__VA_ARGS__,                          \
     .tensor = [](const Operands& operands) -> torch::Tensor { NAMES; return __VA_ARGS__; } \
   }
-#define RANDOM(...)                                                           \
-  Op {                                                                        \
-    .kind = Op::Kind::kTensor, .text = #__VA_ARGS__,                          \
-    .tensor = [](const Operands& operands) -> torch::Tensor { NAMES; return __VA_ARGS__; }, \
-    .random = true                                                            \
-  }
 #define TENSORS(...)                                                          \
   Op {                                                                        \
     .kind = Op::Kind::kTensors, .text = #__VA_ARGS__,                         \
@@ -32,11 +26,6 @@ using Tensors = std::vector<torch::Tensor>;
   Op {                                                                        \
     .kind = Op::Kind::kDo, .text = #__VA_ARGS__,                              \
     .act = [](const Operands& operands) { NAMES; __VA_ARGS__; }               \
-  }
-#define DO_RANDOM(...)                                                        \
-  Op {                                                                        \
-    .kind = Op::Kind::kDo, .text = #__VA_ARGS__,                              \
-    .act = [](const Operands& operands) { NAMES; __VA_ARGS__; }, .random = true \
   }
 #define READ(...)                                                             \
   Op {                                                                        \
@@ -176,11 +165,11 @@ std::vector<Op> make_ops() {
       TENSOR(torch::tensor({0.5, 1.5, -1.0}).to(a.device())),
       TENSOR(torch::zeros({0, 3}, torch::TensorOptions().device(a.device()))),
       TENSOR(torch::scalar_tensor(s, torch::TensorOptions().device(a.device()))),
-      RANDOM(torch::randn({2, 3}, torch::TensorOptions().device(a.device()))),
-      RANDOM(torch::rand_like(floating(a))),
-      RANDOM(torch::dropout(floating(a), 0.5, true)),
-      RANDOM(torch::bernoulli(torch::sigmoid(floating(a)))),
-      RANDOM(torch::randint(8, {4}, torch::TensorOptions().device(a.device()))),
+      TENSOR(torch::randn({2, 3}, torch::TensorOptions().device(a.device()))),
+      TENSOR(torch::rand_like(floating(a))),
+      TENSOR(torch::dropout(floating(a), 0.5, true)),
+      TENSOR(torch::bernoulli(torch::sigmoid(floating(a)))),
+      TENSOR(torch::randint(8, {4}, torch::TensorOptions().device(a.device()))),
       // Writes, also through views, and what changes a tensor's metadata.
       DO(a.add_(like(b, a))),
       DO(a.mul_(s)),
@@ -205,8 +194,8 @@ std::vector<Op> make_ops() {
       DO(torch::_foreach_mul_({a, b}, s)),
       DO(torch::Tensor(a).set_data(b.detach().clone())),
       DO(torch::swapaxes(a, 0, -1).add_(s)),
-      DO_RANDOM(a.uniform_(-1, 1)),
-      DO_RANDOM(a.normal_()),
+      DO(a.uniform_(-1, 1)),
+      DO(a.normal_()),
       // Autograd.
       TENSOR(leaf(a)),
       TENSOR(gradient_of(a)),

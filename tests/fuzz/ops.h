@@ -35,8 +35,6 @@ struct Op {
   std::vector<torch::Tensor> (*tensors)(const Operands&) = nullptr;
   void (*act)(const Operands&) = nullptr;
   std::string (*read)(const Operands&) = nullptr;
-  /// Draws from the generator of the device.
-  bool random = false;
 };
 
 const std::vector<Op>& ops();

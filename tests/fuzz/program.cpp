@@ -4,11 +4,11 @@
 #include <random>
 
 namespace reprise::fuzz {
-namespace {
 
-/// Numbers from a generator, or from bytes until they end and zeros from then on.
-template <class Next>
-Program make(const Next& next, uint64_t seed, size_t length) {
+Program random_program(uint64_t seed, size_t length) {
+  std::mt19937_64 random(seed * 0x9e3779b97f4a7c15ULL + 1);
+  const auto next = [&] { return static_cast<uint32_t>(random() >> 56); };
+  length = length / 2 + next() % std::max<size_t>(length, 1);
   Program program;
   program.seed = seed;
   const uint32_t how = next();
@@ -32,20 +32,6 @@ Program make(const Next& next, uint64_t seed, size_t length) {
   program.code = instructions(length);
   program.other = instructions(next() % 8);
   return program;
-}
-
-}  // namespace
-
-Program random_program(uint64_t seed, size_t length) {
-  std::mt19937_64 random(seed * 0x9e3779b97f4a7c15ULL + 1);
-  const auto next = [&] { return static_cast<uint32_t>(random() >> 56); };
-  return make(next, seed, length / 2 + next() % std::max<size_t>(length, 1));
-}
-
-Program decode(const uint8_t* data, size_t size) {
-  size_t at = 0;
-  const auto next = [&]() -> uint32_t { return at < size ? data[at++] : 0; };
-  return make(next, /*seed=*/1, std::min<size_t>(size / 7, 40));
 }
 
 }  // namespace reprise::fuzz

@@ -1,5 +1,5 @@
 /// \file
-/// Random programs as data: made from a seed or from any bytes, shrunk, printed.
+/// Random programs as data: made from a seed, shrunk, printed.
 #pragma once
 
 #include <algorithm>
@@ -33,9 +33,6 @@ struct Program {
 
 /// The same for the same seed, on every machine.
 Program random_program(uint64_t seed, size_t length);
-
-/// For a coverage-guided fuzzer.
-Program decode(const uint8_t* data, size_t size);
 
 /// The program with least instructions found, of those that still fail. `fails` is
 /// called some hundred times.
