@@ -187,6 +187,9 @@ bool CompileQueue::open_compiler(std::string* problem) {
 
 void CompileQueue::finish(Program& program, std::string problem) {
   if (problem.empty()) {
+    if (program.scratch_bytes > 0) {
+      program.scratch = std::make_shared<Scratch>(program.scratch_bytes);
+    }
     program.state.store(Program::State::kReady, std::memory_order_release);
     return;
   }

@@ -71,6 +71,9 @@ void request_program(SegmentEnd& end, const Segment& segment) {
     program->live = std::move(both);
   }
   for (const StepPtr& step : end.steps) program->device_index = step->device_index;
+  if (options().check_programs) {
+    program->scratch_bytes = scratch_bytes(program->steps, program->live, segment);
+  }
   (end.program == nullptr ? end.program : end.wider) = program;
   metrics().programs_requested.add(1);
   CompileQueue::get().push(std::move(program));

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "lazy_backend/scratch.h"
 #include "lazy_backend/trace.h"
 
 namespace reprise {
@@ -51,6 +52,7 @@ struct Program {
   std::vector<StepPtr> steps;
   std::vector<uint32_t> live;  ///< created slots that are outputs, ascending
   c10::DeviceIndex device_index = 0;
+  size_t scratch_bytes = 0;  ///< for its first run
 
   // Set by the compile queue, before the state becomes kReady.
   std::vector<ProgramInput> inputs;
@@ -59,6 +61,9 @@ struct Program {
   double compile_seconds = 0;
   bool from_store = false;
   bool writes_inputs = false;
+  /// Memory for its first run, which uses it up. Whoever waits for that run would feel
+  /// how long the system takes to give it.
+  std::shared_ptr<Scratch> scratch;
 
   /// What is handed to the runner: made at the first run, without a storage between
   /// runs. Used under the lock of the session whose tree holds the program.

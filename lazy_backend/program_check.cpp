@@ -2,71 +2,24 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Dispatch.h>
-#include <ATen/ExpandUtils.h>
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <memory>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "compiler_bridge/artifact_store.h"
 #include "lazy_backend/device.h"
+#include "lazy_backend/differences.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/program_run.h"
+#include "lazy_backend/scratch.h"
 
 namespace reprise {
 namespace {
-
-/// Host memory for the copies of one check, which the system can write to disk: a file
-/// without a name. Ordinary memory where there is no room for one.
-class Arena {
- public:
-  explicit Arena(size_t nbytes) : size_(nbytes) {
-    std::string name = ArtifactStore::get().folder() + "/check-XXXXXX";
-    const int file = nbytes == 0 ? -1 : ::mkstemp(name.data());
-    if (file < 0) return;
-    ::unlink(name.c_str());
-    // Without the blocks in advance, a full disk would be a signal later.
-    if (::posix_fallocate(file, 0, static_cast<off_t>(nbytes)) == 0) {
-      memory_ = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    }
-    ::close(file);
-  }
-  ~Arena() {
-    if (memory_ != MAP_FAILED) ::munmap(memory_, size_);
-  }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  static size_t needs(size_t nbytes) { return (nbytes + 63) / 64 * 64; }
-
-  /// A copy of a tensor's elements, with its own strides where it is dense. It must not
-  /// outlive the arena.
-  at::Tensor park(const at::Tensor& tensor) {
-    const size_t nbytes = needs(static_cast<size_t>(tensor.numel()) * tensor.itemsize());
-    const auto options = at::TensorOptions().dtype(tensor.scalar_type());
-    const bool fits = memory_ != MAP_FAILED && used_ + nbytes <= size_ && nbytes > 0;
-    if (!fits) return at::empty_like(tensor, options).copy_(tensor);
-    const auto strides = tensor.is_non_overlapping_and_dense()
-                             ? tensor.strides().vec()
-                             : at::infer_dense_strides(tensor.sizes(), tensor.strides());
-    at::Tensor copy =
-        at::from_blob(static_cast<char*>(memory_) + used_, tensor.sizes(), strides, options);
-    used_ += nbytes;
-    return copy.copy_(tensor);
-  }
-
- private:
-  void* memory_ = MAP_FAILED;
-  size_t size_ = 0, used_ = 0;
-};
 
 /// All bytes of a storage, as elements of `dtype`.
 at::Tensor elements(const c10::Storage& storage, c10::ScalarType dtype) {
@@ -108,41 +61,6 @@ Tolerance tolerance_of(c10::ScalarType dtype) {
   }
 }
 
-/// How two tensors differ. Where both are the same, NaN or infinite, that is 0; where one
-/// is not finite and the other another number, infinite.
-struct Difference {
-  double largest = 0;
-  double squares = 0;           ///< of the differences
-  double expected_squares = 0;  ///< of the finite numbers of the second
-  double changed_squares = 0;   ///< of the second's differences from the third
-  double limit_exceeded = 0;    ///< the most that an element is beyond its own limit
-};
-
-template <class T>
-double number(T x) {
-  return static_cast<double>(x);
-}
-
-template <class T>
-void add_difference(const T* a, const T* b, const T* before, int64_t count, double relative,
-                    double absolute, Difference& sum) {
-  for (int64_t k = 0; k < count; ++k) {
-    const double x = number(a[k]), y = number(b[k]);
-    const bool finite = std::isfinite(y);
-    if (finite) sum.expected_squares += y * y;
-    if (before != nullptr) {
-      const double change = y - number(before[k]);
-      if (std::isfinite(change)) sum.changed_squares += change * change;
-    }
-    if (x == y || (std::isnan(x) && std::isnan(y))) continue;
-    const double distance = finite && std::isfinite(x) ? std::abs(x - y)
-                                                       : std::numeric_limits<double>::infinity();
-    sum.largest = std::max(sum.largest, distance);
-    sum.squares += distance * distance;
-    sum.limit_exceeded = std::max(sum.limit_exceeded, distance - relative * std::abs(y) - absolute);
-  }
-}
-
 /// The elements on the host in one dimension, complex numbers as two.
 at::Tensor plain(const at::Tensor& tensor) {
   at::Tensor host = flat(tensor).to(at::TensorOptions().device(c10::kCPU));
@@ -155,27 +73,26 @@ at::Tensor plain(const at::Tensor& tensor) {
 }
 
 /// `before` may be undefined. `relative` and `absolute` make an element's own limit.
-Difference difference(const at::Tensor& actual, const at::Tensor& expected,
-                      const at::Tensor& before, double relative = 0, double absolute = 0) {
+Differences differences(const at::Tensor& actual, const at::Tensor& expected,
+                        const at::Tensor& before, double relative = 0, double absolute = 0) {
   const at::Tensor a = plain(actual), b = plain(expected);
-  const at::Tensor c = before.defined() ? plain(before) : at::Tensor();
-  Difference sum;
-  AT_DISPATCH_ALL_TYPES_AND3(c10::kHalf, c10::kBFloat16, c10::kBool, a.scalar_type(), "difference", [&] {
-    add_difference(a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(),
-                   c.defined() ? c.const_data_ptr<scalar_t>() : nullptr, a.numel(), relative,
-                   absolute, sum);
+  const at::Tensor c = before.defined() ? plain(before) : b;  // as if nothing had changed
+  Differences sum;
+  AT_DISPATCH_ALL_TYPES_AND3(c10::kHalf, c10::kBFloat16, c10::kBool, a.scalar_type(), "differences", [&] {
+    add_differences(a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(),
+                    c.const_data_ptr<scalar_t>(), a.numel(), relative, absolute, sum);
   });
   return sum;
 }
 
 double largest_distance(const at::Tensor& a, const at::Tensor& b) {
-  return difference(a, b, {}).largest;
+  return differences(a, b, {}).largest;
 }
 
 bool close(const at::Tensor& actual, const at::Tensor& expected, const at::Tensor& before,
            double allowed) {
   const Tolerance tolerance = tolerance_of(expected.scalar_type());
-  const Difference all = difference(actual, expected, before);
+  const Differences all = differences(actual, expected, before);
   if (all.largest <= allowed) return true;
   if (!std::isfinite(all.largest)) return false;
   const auto count = static_cast<double>(std::max<int64_t>(expected.numel(), 1));
@@ -183,7 +100,8 @@ bool close(const at::Tensor& actual, const at::Tensor& expected, const at::Tenso
     return true;
   }
   const double absolute = tolerance.elements * std::sqrt(all.expected_squares / count) + allowed;
-  return difference(actual, expected, {}, tolerance.elements, absolute).limit_exceeded <= 0;
+  return all.largest <= absolute ||
+         differences(actual, expected, {}, tolerance.elements, absolute).limit_exceeded <= 0;
 }
 
 /// The distance from 1 to the next number; 0 where there are no fractions.
@@ -202,23 +120,31 @@ double unit_of(c10::ScalarType dtype) {
   }
 }
 
+/// Visits the elements in pieces, so that what is made of them takes little memory.
+template <class Visit>
+void for_each_piece(const at::Tensor& tensor, const Visit& visit) {
+  constexpr int64_t kPiece = 1 << 14;
+  const at::Tensor all = flat(tensor);
+  for (int64_t at = 0; at < all.numel(); at += kPiece) visit(all.slice(0, at, at + kPiece));
+}
+
 double largest_of(const at::Tensor& tensor) {
-  const at::Tensor finite = at::nan_to_num(tensor.abs(), 0, 0, 0);
-  return finite.numel() == 0 ? 0 : finite.max().item<double>();
+  double largest = 0;
+  for_each_piece(tensor, [&](const at::Tensor& piece) {
+    largest = std::max(largest, at::nan_to_num(piece.abs(), 0, 0, 0).max().item<double>());
+  });
+  return largest;
 }
 
 /// Multiplies each element by one plus a few units in the last place.
 void disturb(const at::Tensor& tensor, at::Generator& generator) {
   const double unit = unit_of(tensor.scalar_type());
   if (unit == 0 || !tensor.is_non_overlapping_and_dense()) return;
-  constexpr int64_t kChunk = 1 << 14;
-  const at::Tensor all = flat(tensor);
-  for (int64_t at = 0; at < all.numel(); at += kChunk) {
-    const at::Tensor chunk = all.slice(0, at, at + kChunk);
-    const auto wide = chunk.is_complex() ? c10::kComplexDouble : c10::kDouble;
-    const at::Tensor error = at::rand(chunk.sizes(), generator, c10::kDouble);
-    chunk.copy_(chunk.cpu().to(wide) * (1 + (error * 2 - 1) * (2 * unit)));
-  }
+  for_each_piece(tensor, [&](const at::Tensor& piece) {
+    const auto wide = piece.is_complex() ? c10::kComplexDouble : c10::kDouble;
+    const at::Tensor error = at::rand(piece.sizes(), generator, c10::kDouble);
+    piece.copy_(piece.cpu().to(wide) * (1 + (error * 2 - 1) * (2 * unit)));
+  });
 }
 
 /// A value that program and interpreter both make.
@@ -234,13 +160,16 @@ struct Value {
 class Check {
  public:
   Check(Program& program, Segment& segment)
-      : program_(program), segment_(segment), arena_(bytes_needed(program, segment)) {}
+      : program_(program), segment_(segment), scratch_(std::move(program.scratch)) {
+    const size_t nbytes = scratch_bytes(program.steps, program.live, segment);
+    if (!scratch_ || scratch_->nbytes() < nbytes) scratch_ = std::make_shared<Scratch>(nbytes);
+  }
 
   std::optional<std::string> run() {
     for (const ProgramInput& input : program_.inputs) {
       if (input.kind == ProgramInput::Kind::kSlot) dtypes_[input.index] = input.geometry.dtype;
     }
-    for (const at::Tensor& numbers : segment_.random) random_.push_back(arena_.park(numbers));
+    for (const at::Tensor& numbers : segment_.random) random_.push_back(scratch_->park(numbers));
     const auto problem = run_program_first();
     interpret(program_.steps, segment_);
     if (problem) return problem;
@@ -265,20 +194,6 @@ class Check {
                     value->noise);
   }
 
-  static size_t bytes_needed(const Program& program, const Segment& segment) {
-    size_t nbytes = 0;
-    for (const StepPtr& step : program.steps) {
-      for (const uint32_t slot : step->written_inputs) {
-        nbytes += 2 * Arena::needs(segment.at(slot)->backing().nbytes());
-      }
-    }
-    for (const ProgramOutput& output : program.outputs) {
-      nbytes += Arena::needs(std::max(output.nbytes, output.geometry.nbytes()));
-    }
-    for (const at::Tensor& numbers : segment.random) nbytes += Arena::needs(numbers.nbytes());
-    return nbytes;
-  }
-
   /// Leaves the inputs as they were. Returns why the program cannot run.
   std::optional<std::string> run_program_first() {
     for (const StepPtr& step : program_.steps) {
@@ -287,7 +202,7 @@ class Check {
         value.slot = slot;
         value.written_input = true;
         value.geometry.dtype = dtype_of(slot);
-        value.before = arena_.park(input(slot));
+        value.before = scratch_->park(input(slot));
         values_.push_back(std::move(value));
       }
     }
@@ -296,13 +211,13 @@ class Check {
       std::vector<at::Tensor> random;
       for (const at::Tensor& numbers : segment_.random) random.push_back(numbers.clone());
       std::vector<at::Tensor> outputs = try_program(program_, segment_, random);
-      for (Value& value : values_) value.program = arena_.park(input(value.slot));
+      for (Value& value : values_) value.program = scratch_->park(input(value.slot));
       for (size_t k = 0; k < outputs.size(); ++k) {
         const ProgramOutput& output = program_.outputs[k];
         Value value;
         value.slot = output.slot;
         value.geometry = output.geometry;
-        value.program = arena_.park(std::exchange(outputs[k], at::Tensor()));
+        value.program = scratch_->park(std::exchange(outputs[k], at::Tensor()));
         values_.push_back(std::move(value));
       }
     } catch (const std::exception& error) {
@@ -344,32 +259,45 @@ class Check {
 
   void measure_noise() {
     constexpr uint64_t kRuns = 4;
+    const c10::Device device = backing_device_of(program_.device_index);
+    std::unordered_map<uint32_t, c10::Storage> created;
+    std::vector<at::Tensor> before(segment_.size());
+    for (const Value& value : values_) {
+      if (value.written_input) {
+        before[value.slot] = value.before;
+      } else {
+        created[value.slot] = {};
+      }
+    }
+    size_t nbytes = 0;
+    for (uint32_t slot = 0; slot < segment_.size(); ++slot) {
+      if (!segment_.is_created(slot)) nbytes += Scratch::needs(segment_.at(slot)->backing().nbytes());
+    }
     for (uint64_t run = 0; run < kRuns; ++run) {
       auto generator = at::make_generator<at::CPUGeneratorImpl>(run);
-      std::vector<at::Tensor> copies(segment_.size());
-      for (const Value& value : values_) {
-        if (value.written_input) copies[value.slot] = input(value.slot).clone().copy_(value.before);
-      }
+      Scratch scratch(nbytes);
       std::vector<c10::Storage> storages(segment_.size());
       for (uint32_t slot = 0; slot < segment_.size(); ++slot) {
         if (segment_.is_created(slot)) continue;
-        if (!copies[slot].defined()) copies[slot] = input(slot).clone();
-        disturb(copies[slot], generator);
-        storages[slot] = copies[slot].storage();
+        const at::Tensor copy =
+            scratch.park(before[slot].defined() ? before[slot] : input(slot)).to(device);
+        disturb(copy, generator);
+        storages[slot] = copy.storage();
       }
       std::vector<at::Tensor> random;
       for (const at::Tensor& numbers : random_) {
-        random.push_back(numbers.to(backing_device_of(program_.device_index), numbers.scalar_type(),
-                                    /*non_blocking=*/false, /*copy=*/true));
+        random.push_back(numbers.to(device, numbers.scalar_type(), /*non_blocking=*/false,
+                                    /*copy=*/true));
       }
-      std::unordered_map<uint32_t, c10::Storage> created;
       run_steps(program_.steps, segment_, storages, random,
                 [&](uint32_t slot, const at::Tensor& tensor) {
                   if (run == 0 && unit_of(tensor.scalar_type()) != 0) {
                     largest_ = std::max(largest_, largest_of(tensor));
                   }
                   disturb(tensor, generator);
-                  created[slot] = tensor.storage();
+                  if (const auto wanted = created.find(slot); wanted != created.end()) {
+                    wanted->second = tensor.storage();
+                  }
                 });
       for (Value& value : values_) {
         const at::Tensor disturbed =
@@ -393,7 +321,7 @@ class Check {
 
   Program& program_;
   Segment& segment_;
-  Arena arena_;
+  std::shared_ptr<Scratch> scratch_;
   std::unordered_map<uint32_t, c10::ScalarType> dtypes_;  ///< of inputs
   std::vector<at::Tensor> random_;  ///< what the random steps drew
   std::vector<Value> values_;
@@ -401,6 +329,25 @@ class Check {
 };
 
 }  // namespace
+
+size_t scratch_bytes(const std::vector<StepPtr>& steps, const std::vector<uint32_t>& live,
+                     const Segment& segment) {
+  size_t nbytes = 0;
+  for (const StepPtr& step : steps) {
+    for (const uint32_t slot : step->written_inputs) {
+      nbytes += 2 * Scratch::needs(segment.at(slot)->backing().nbytes());
+    }
+    if (step->randomness != Randomness::kNone) {  // what it draws: see `draw`
+      nbytes += Scratch::needs(step->args[0].kind == Arg::Kind::kTensor
+                                   ? step->args[0].geometry().nbytes()
+                                   : step->results[0].nbytes);
+    }
+  }
+  for (const uint32_t slot : live) {
+    if (const auto lazy = segment.lock(slot)) nbytes += Scratch::needs(lazy->nbytes());
+  }
+  return nbytes;
+}
 
 std::optional<std::string> check_program(Program& program, Segment& segment) {
   return Check(program, segment).run();

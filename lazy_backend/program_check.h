@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "lazy_backend/program.h"
 #include "lazy_backend/segment.h"
@@ -19,9 +20,14 @@ namespace reprise {
 /// interpreter runs some times more, on copies, with every value disturbed by units in
 /// the last place.
 ///
-/// What both write and return is kept in between in a file without a name, in the
-/// artifact store's folder: a training step would otherwise need its parameters' and
-/// its optimizer's memory twice more.
+/// What both write and return is kept in between in the program's `scratch`, for the
+/// most part a file: a training step would otherwise need its parameters' and its
+/// optimizer's memory twice more.
 std::optional<std::string> check_program(Program& program, Segment& segment);
+
+/// How much memory that takes for a program of these steps with these outputs. The
+/// segment's inputs have their backing.
+size_t scratch_bytes(const std::vector<StepPtr>& steps, const std::vector<uint32_t>& live,
+                     const Segment& segment);
 
 }  // namespace reprise
