@@ -41,6 +41,7 @@ class Heads {
     uint64_t key;  // StepLog::Op::old_reads of its last op
     uint64_t ops;  // hash of the operators
     uint32_t length;
+    uint32_t shortest;  // no step that ends at this head has fewer ops
     uint64_t matched = 0;  // when it last did
   };
 
@@ -61,7 +62,7 @@ class Heads {
   /// Those with `key`; usually there are none.
   std::span<Head> with_key(uint64_t key) {
     const auto [first, last] =
-        std::equal_range(heads_.begin(), heads_.end(), Head{key, 0, 0}, by_key);
+        std::equal_range(heads_.begin(), heads_.end(), Head{key, 0, 0, 0}, by_key);
     return {first, last};
   }
 
@@ -102,6 +103,7 @@ class StepFinder::Search {
   struct Verdict {
     uint32_t cut = kNone;
     bool learn = false;  // how the step at the cut begins
+    uint32_t shortest = 0;  // see Heads::Head
   };
 
   Verdict examine(uint32_t p);
@@ -114,7 +116,7 @@ class StepFinder::Search {
   uint32_t best_since(uint32_t first) const;
   uint32_t best_without_growth(uint32_t first, uint32_t last) const;
   uint32_t least_of_all() const;
-  bool learn_head(uint32_t cut);
+  bool learn_head(const Verdict& verdict);
   void forget_findings();
 
   StepLog log_;
@@ -148,9 +150,9 @@ std::optional<size_t> StepFinder::Search::feed(const Op& op) {
     Verdict verdict = examine(next_);
     if (verdict.cut == kNone) {
       if (++next_ < kLongestSegment) continue;
-      verdict = {least_of_all(), true};
+      verdict = {least_of_all(), true, kShortestPeriod};
     }
-    if (verdict.learn && learn_head(verdict.cut)) {
+    if (verdict.learn && learn_head(verdict)) {
       // A new head may split these ops in many places: look at all again.
       log_.settle(verdict.cut);
       forget_findings();
@@ -218,6 +220,7 @@ uint32_t StepFinder::Search::at_known_head(uint32_t p) {
   for (Heads::Head& head : heads_.with_key(log_[p].old_reads)) {
     if (head.length > p) continue;  // cut before the segment's first op
     const uint32_t start = p + 1 - head.length;
+    if (start < head.shortest) continue;
     if (last_old_read_ != kNone && start <= last_old_read_) continue;
     uint64_t ops = 0;
     for (uint32_t q = start; q <= p; ++q) ops = mix_hash(ops, log_[q].op);
@@ -299,7 +302,7 @@ StepFinder::Search::Verdict StepFinder::Search::at_recurring_header(uint32_t p) 
   const bool collects_results = is_header && growth > 0 && !log_[p].grad_mode;
   if (std::abs(growth) > limit && !collects_results) return {};
   if (!carries_little(i, first, second, limit)) return {};
-  return {collects_results ? best_without_growth(j, p) : second, true};
+  return {collects_results ? best_without_growth(j, p) : second, true, kShortestPeriod};
 }
 
 // At most `limit` storages born in [from, first) are used in [first, second).
@@ -355,11 +358,14 @@ uint32_t StepFinder::Search::least_of_all() const {
 }
 
 // True when the step that begins at `cut` begins as none did before.
-bool StepFinder::Search::learn_head(uint32_t cut) {
+bool StepFinder::Search::learn_head(const Verdict& verdict) {
+  const uint32_t cut = verdict.cut;
   uint64_t ops = 0;
   for (uint32_t q = cut; q < log_.size() && q < cut + kLongestHead; ++q) {
     ops = mix_hash(ops, log_[q].op);
-    if (log_[q].old_reads != 0) return heads_.learn({log_[q].old_reads, ops, q + 1 - cut});
+    if (log_[q].old_reads != 0) {
+      return heads_.learn({log_[q].old_reads, ops, q + 1 - cut, verdict.shortest});
+    }
   }
   return false;
 }

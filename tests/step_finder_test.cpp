@@ -271,6 +271,29 @@ TEST(StepFinder, AProgramThatNeverRepeatsIsCutAtTheLimitAndFedAtMostTwice) {
   }
 }
 
+// Where nothing repeats, an op may come again by chance as the header of a loop would. What
+// is learned of it must not take the rest of the program to pieces.
+TEST(StepFinder, ARecurrenceByChanceLeavesNoShortSteps) {
+  Tape tape;
+  const uint64_t factor = tape.parameter();
+  uint64_t x = tape.from_host();
+  const auto op = [&](const char* name, bool reads_factor) {
+    x = reads_factor ? tape.op(name, {x, factor}) : tape.op(name, {x});
+    tape.drop_made();
+  };
+  const auto stretch = [&](int others) {
+    op("abs", false);
+    op("mul", true);
+    for (int k = 0; k < others; ++k) op("exp", false);
+  };
+  for (const int others : {10, 30, 40}) stretch(others);
+  for (int k = 0; k < 1'000; ++k) stretch(1 + k % 5);
+  StepFinder finder;
+  const Fed fed = feed_all(finder, tape.stream);
+  ASSERT_GE(fed.cuts.size(), 2u);
+  for (size_t k = 1; k < fed.cuts.size(); ++k) EXPECT_GE(fed.cuts[k] - fed.cuts[k - 1], 24u);
+}
+
 TEST(StepFinder, NewModelsAreLearnedAfterMoreHeadsThanItKeeps) {
   Tape tape;
   constexpr size_t kModels = StepFinder::kMostHeads + 100, kIterations = 4;
