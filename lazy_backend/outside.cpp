@@ -35,6 +35,13 @@ c10::IValue wrap_value(const c10::IValue& value, const std::vector<Pair>& argume
     }
     return list;
   }
+  if (value.isList() && holds_lists(value)) {
+    c10::impl::GenericList list(value.toList().elementType());
+    for (const c10::IValue& item : value.toListRef()) {
+      list.push_back(wrap_value(item, arguments, results, index, to_lazy));
+    }
+    return list;
+  }
   if (!value.isTensor() || !value.toTensor().defined()) return value;
   const at::Tensor& tensor = value.toTensor();
   if (is_lazy(tensor)) return value;

@@ -250,6 +250,11 @@ std::shared_ptr<Step> StepRecorder::take_results(torch::jit::Stack& stack) {
   return traceable_ ? step_ : nullptr;
 }
 
+bool holds_lists(const c10::IValue& list) {
+  const auto items = list.toListRef();
+  return !items.empty() && items.front().isList();
+}
+
 c10::IValue Unwrapper::operator()(const c10::IValue& value) {
   if (value.isTensor()) {
     const at::Tensor& lazy = value.toTensor();
@@ -273,6 +278,11 @@ c10::IValue Unwrapper::operator()(const c10::IValue& value) {
   if (value.isTensorList()) {
     c10::List<at::Tensor> list;
     for (const c10::IValue& item : value.toListRef()) list.push_back((*this)(item).toTensor());
+    return list;
+  }
+  if (value.isList() && holds_lists(value)) {  // the buffers of a collective
+    c10::impl::GenericList list(value.toList().elementType());
+    for (const c10::IValue& item : value.toListRef()) list.push_back((*this)(item));
     return list;
   }
   return value;

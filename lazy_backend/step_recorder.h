@@ -70,6 +70,9 @@ void visit_tensors(c10::ArrayRef<c10::IValue> values, const Visit& visit) {
   }
 }
 
+/// A list's items are lists.
+bool holds_lists(const c10::IValue& list);
+
 /// Replaces lazy tensors and lazy devices by those of the backing device. A tensor
 /// that comes twice is the same tensor twice: ops compare the identity of arguments.
 class Unwrapper {
