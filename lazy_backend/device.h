@@ -18,6 +18,13 @@ c10::Device backing_device_of(c10::DeviceIndex index);
 /// The dispatch keys of a plain tensor on a backing device.
 c10::DispatchKeySet backing_key_set(c10::Device device);
 
+/// At this key, above autograd, an op on a lazy tensor finds out whether the user has
+/// switched autocast on: see autocast.cpp.
+constexpr auto kAutocastKey = c10::DispatchKey::TESTING_ONLY_GenericWrapper;
+
+/// The dispatch keys of every lazy tensor, but for those of autograd.
+constexpr c10::DispatchKeySet kLazyKeys({c10::DispatchKey::Lazy, kAutocastKey});
+
 /// True where `device` is the lazy device or one of its backing devices' kind.
 bool is_backing_kind(c10::Device device);
 

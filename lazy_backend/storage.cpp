@@ -133,8 +133,7 @@ at::Tensor unwrap(const at::Tensor& lazy) {
 
 at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like) {
   auto impl = c10::make_intrusive<c10::TensorImpl>(
-      c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::Lazy),
-      like.dtype());
+      c10::Storage(std::move(storage)), kLazyKeys, like.dtype());
   impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
   if (like.is_conj()) impl->_set_conj(true);
   if (like.is_neg()) impl->_set_neg(true);

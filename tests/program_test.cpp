@@ -1,5 +1,4 @@
 // Things that existing programs do, which no op's own test would show.
-#include <ATen/autocast_mode.h>
 #include <torch/csrc/jit/serialization/export.h>
 #include <torch/csrc/jit/serialization/import.h>
 #include <torch/jit.h>
@@ -223,29 +222,6 @@ TEST_F(Programs, DataParallelOnOneDevice) {
   }
 }
 #endif
-
-// --- Autocast --------------------------------------------------------------
-
-// It does not see lazy tensors (2.11, autocast_mode.h, is_autocast_eligible); what is
-// recorded under it must not depend on it either, since the step may run later.
-TEST_F(Programs, AutocastChangesNothing) {
-  const auto host = eager_device().type();
-  expect_eager_three_ways([=](torch::Device device) -> Step {
-    const auto x = random(device, {3, 4}), w = random(device, {4, 4}).requires_grad_();
-    return [=](int) -> Tensors {
-      w.mutable_grad().reset();
-      torch::Tensor loss;
-      {
-        // On the backing device itself eager would cast.
-        if (device.is_lazy()) at::autocast::set_autocast_enabled(host, true);
-        loss = torch::mm(torch::tanh(torch::mm(x, w)), w).square().sum();
-        at::autocast::set_autocast_enabled(host, false);
-      }
-      loss.backward();
-      return {loss.detach(), w.grad()};
-    };
-  });
-}
 
 // --- Exceptions of the user's own ------------------------------------------
 
