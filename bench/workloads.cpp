@@ -321,8 +321,8 @@ Job option_greeks(const Place& where) {
 
 }  // namespace
 
-torch::Tensor chain(torch::Tensor x, const torch::Tensor& factor) {
-  for (int op = 0; op < kChainOps; op += 2) {
+torch::Tensor chain(torch::Tensor x, const torch::Tensor& factor, int ops) {
+  for (int op = 0; op < ops; op += 2) {
     x = x * factor;
     x = torch::relu(x);
   }

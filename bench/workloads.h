@@ -62,7 +62,7 @@ inline constexpr int kChainOps = 100;
 
 /// `kChainOps` ops with next to nothing to compute, half of them products and half
 /// rectifications. `x`, `factor`: [8].
-torch::Tensor chain(torch::Tensor x, const torch::Tensor& factor);
+torch::Tensor chain(torch::Tensor x, const torch::Tensor& factor, int ops = kChainOps);
 
 /// All workloads, in the order of the table.
 const std::vector<Workload>& workloads();

@@ -11,6 +11,7 @@
 
 #include "lazy_backend/capture.h"
 #include "lazy_backend/match.h"
+#include "lazy_backend/passing.h"
 #include "lazy_backend/session.h"
 
 namespace reprise {
@@ -23,6 +24,7 @@ template <class Op, class Return, class... Args>
 struct HotOp<Op, Return(Args...)> {
   static Return call(Args... args) {
     Session& session = Session::current();
+    bool passes = false;
     {
       const std::lock_guard<SessionLock> guard(session.lock());
       if (const Node* cursor = session.hot_cursor(); C10_LIKELY(cursor != nullptr)) {
@@ -38,6 +40,16 @@ struct HotOp<Op, Return(Args...)> {
           } advance{session, child};
           return results<Return>(session, child->step->results, args...);
         }
+      } else {
+        passes = session.passes();
+      }
+    }
+    // An op on lists returns nothing or counts versions itself: see OpPolicy.
+    if constexpr (!std::is_void_v<Return>) {
+      if (passes) {
+        Passing passing;
+        std::tuple<Passed<Args>...> passed{Passed<Args>(passing, args)...};  // in this order
+        if (C10_LIKELY(passing.possible())) return pass(passing, passed, args...);
       }
     }
     static const auto boxed = c10::BoxedKernel::makeFromFunction<&capture_boxed>();
@@ -46,6 +58,19 @@ struct HotOp<Op, Return(Args...)> {
   }
 
  private:
+  static Return pass(Passing& passing, std::tuple<Passed<Args>...>& passed, Args&... args) {
+    const auto run = [&]() -> Return {
+      const BelowUserModes below;
+      return std::apply([](auto&... each) -> Return { return Op::call(each.get()...); }, passed);
+    };
+    if constexpr (std::is_same_v<Return, at::Tensor&>) {
+      run();
+      return mutable_tensor(args...);
+    } else {
+      return passing.wrapped(run());
+    }
+  }
+
   static const c10::OperatorHandle& handle() {
     static const c10::OperatorHandle op =
         c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, Op::overload_name);

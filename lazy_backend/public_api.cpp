@@ -32,6 +32,7 @@ std::string explain() {
 namespace testing {
 void discard_segment() { Session::current().discard(); }
 void forget_traces() { Session::current().forget(); }
+void pause_recording(uint64_t ops) { Session::current().pause(ops); }
 }  // namespace testing
 
 }  // namespace reprise

@@ -178,8 +178,7 @@ void Session::end_segment(const char* reason) {
       return;
     }
     Node* node = cursor_;
-    recorded_since_hit_ = 0;
-    next_pause_ = kFirstPause;
+    found_again();
     reached(*node).reason = reason;
     cursor_ = hot_cursor_ = nullptr;
     struct Begin {  // whatever happens, the next segment begins clean
@@ -212,8 +211,7 @@ void Session::close() {
   // The tree says that a step ends here. It is launched when the next op reads.
   Node* node = cursor_;
   launch_closed();
-  recorded_since_hit_ = 0;
-  next_pause_ = kFirstPause;
+  found_again();
   metrics().ops_verified.add(std::exchange(ops_verified_, 0));
   current_.swap(closed_);
   closed_node_ = node;
@@ -284,7 +282,14 @@ void Session::forget() {
   end_segment("traces were forgotten");
   tree_.clear();
   finder_ = StepFinder();
+  found_again();
+  pause_ = 0;
   begin_segment();
+}
+
+void Session::pause(uint64_t ops) {
+  const std::lock_guard<SessionLock> guard(lock_);
+  stop_recording(ops, "recording was paused");
 }
 
 // ---------------------------------------------------------------------------
@@ -467,7 +472,7 @@ at::Tensor Session::make_new(const Result& result) {
   current_.add_pending(storage.get());
   const Geometry& geometry = *result.geometry;
   auto impl = c10::make_intrusive<c10::TensorImpl>(
-      c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::Lazy),
+      c10::Storage(std::move(storage)), kLazyKeys,
       c10::scalarTypeToTypeMeta(geometry.dtype));
   impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
   if (C10_UNLIKELY(geometry.conjugate)) impl->_set_conj(true);
@@ -481,7 +486,7 @@ at::Tensor Session::make_alias(const Result& result, c10::DispatchKeySet keys) {
   c10::Storage storage(
       c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(current_.at(result.slot)));
   if (keys.empty()) {
-    keys = c10::DispatchKeySet(c10::DispatchKey::Lazy);
+    keys = kLazyKeys;
     if (!c10::InferenceMode::is_enabled()) {
       keys = keys | c10::getAutogradRelatedKeySetFromBackend(c10::BackendComponent::LazyBit);
     }
@@ -559,18 +564,21 @@ void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
   ++ops_recorded_;
   metrics().ops_recorded.add(1);
   after_recorded();
-  if (C10_UNLIKELY(++recorded_since_hit_ > kPatience)) pause_recording();
+  if (C10_UNLIKELY(++recorded_since_hit_ > patience_)) {
+    // Nothing has come again for so long: writing it down does not pay. Try again
+    // later, and later still.
+    patience_ = std::min(kPatience, next_pause_ / kRecordedShare);
+    REPRISE_LOG(1, "nothing repeats: ", next_pause_, " ops run without being recorded");
+    stop_recording(std::exchange(next_pause_, std::min(2 * next_pause_, kLongestPause)),
+                   "nothing repeats");
+  }
 }
 
-void Session::pause_recording() {
-  // Nothing has come again for so long: writing it down does not pay. Try again
-  // later, and later still.
-  end_segment("nothing repeats");
+void Session::stop_recording(uint64_t ops, const char* reason) {
+  end_segment(reason);
   recorded_since_hit_ = 0;
-  pause_ = next_pause_;
-  next_pause_ = std::min(2 * next_pause_, kLongestPause);
+  pause_ = ops == 0 ? 0 : ops + 1;
   begin_segment();
-  REPRISE_LOG(1, "nothing repeats: ", pause_, " ops run without being recorded");
 }
 
 std::optional<size_t> Session::feed(const Step& step) {

@@ -55,6 +55,12 @@ class Session {
   /// do than to compare.
   Node* hot_cursor() const { return hot_cursor_; }
   Segment& segment() { return current_; }
+  /// The next op goes to the backing device and is not looked at: see `pause_`.
+  bool passes() {
+    if (C10_LIKELY(pause_ <= 1) || closed_node_ != nullptr) return false;
+    --pause_;
+    return true;
+  }
   /// A new tensor over a storage that `step` creates.
   at::Tensor make_new(const Result& result);
   /// A tensor over a storage that was there before.
@@ -73,6 +79,7 @@ class Session {
   // For tests, benchmarks and reports.
   void discard();
   void forget();
+  void pause(uint64_t ops);
   void explain(std::string& out);
   template <class Visit>
   void with_tree(const Visit& visit) {
@@ -110,7 +117,13 @@ class Session {
   Node* insert(size_t count);
   void make_room();
   std::optional<size_t> feed(const Step& step);
-  void pause_recording();
+  /// A whole segment was verified: recording pays.
+  void found_again() {
+    recorded_since_hit_ = 0;
+    next_pause_ = kFirstPause;
+    patience_ = kPatience;
+  }
+  void stop_recording(uint64_t ops, const char* reason);
 
   void call_outside(const c10::OperatorHandle& op, const OpPolicy& policy,
                     torch::jit::Stack* stack);
@@ -154,13 +167,15 @@ class Session {
   uint64_t inserts_ = 0;
   uint64_t segments_ = 0;  ///< recorded or run
 
-  // Programs that never repeat: see pause_recording. All in ops.
+  // Programs that never repeat. All in ops.
   static constexpr uint64_t kPatience = 100'000;
-  static constexpr uint64_t kFirstPause = 100'000;
+  static constexpr uint64_t kFirstPause = 400'000;
   static constexpr uint64_t kLongestPause = 10'000'000;
+  static constexpr uint64_t kRecordedShare = 16;  ///< one op of so many, between pauses
   uint64_t recorded_since_hit_ = 0;
-  uint64_t pause_ = 0;
+  uint64_t pause_ = 0;  ///< so many, less one, are not recorded
   uint64_t next_pause_ = kFirstPause;
+  uint64_t patience_ = kPatience;
 
   std::unordered_map<const c10::FunctionSchema*, OpPolicy> policies_;
   std::vector<StepFinder::Argument> finder_arguments_;

@@ -1,6 +1,7 @@
 #include "tests/three_ways.h"
 
 #include <cstring>
+#include <limits>
 
 #include "reprise/reprise.h"
 #include "reprise/testing.h"
@@ -52,7 +53,7 @@ class Comparison {
  public:
   Comparison(const Program& program, const Ways& ways) : ways_(ways) {
     constexpr int kIterations = 4;
-    const int count = ways.repeats_at + 1 + (ways.compiled ? kIterations : 0);
+    const int count = ways.repeats_at + 2 + (ways.compiled ? kIterations : 0);
     torch::manual_seed(kSeed);
     const Step eager = program(eager_device());
     for (int k = 0; k < count; ++k) {
@@ -84,6 +85,12 @@ class Comparison {
       EXPECT_GT(did.ops_verified, 0u);
       EXPECT_GT(did.segments_interpreted, 0u);
       EXPECT_EQ(did.segments_replayed, 0u);
+    }
+    {
+      reprise::testing::pause_recording(std::numeric_limits<uint32_t>::max());
+      const Statistics did = step("not recorded", /*exact=*/true);
+      EXPECT_EQ(did.ops_recorded + did.ops_verified, 0u) << explain();
+      reprise::testing::pause_recording(0);
     }
     if (!ways_.compiled) return;
     options().compile = true;

@@ -1,7 +1,7 @@
 /// \file
 /// Runs a program in the three ways in which a step can run, each against eager
 /// on the backing device: recorded; verified and interpreted; verified and
-/// compiled.
+/// compiled. And not recorded, as when a program never repeats.
 ///
 /// The counters prove that each step really ran in the way that it is compared
 /// for: a step that was recorded again where it should have been verified fails

@@ -2,6 +2,8 @@
 /// Hooks for tests and benchmarks. Not for programs.
 #pragma once
 
+#include <cstdint>
+
 #include "reprise/export_macros.h"
 
 namespace reprise::testing {
@@ -12,5 +14,9 @@ REPRISE_API void discard_segment();
 
 /// Empties the calling thread's trace tree, so that what comes is recorded anew.
 REPRISE_API void forget_traces();
+
+/// The calling thread's next `ops` ops are not recorded, as in a program that never
+/// repeats; 0 records again.
+REPRISE_API void pause_recording(uint64_t ops);
 
 }  // namespace reprise::testing
