@@ -205,8 +205,7 @@ void CompileQueue::finish(Program& program, std::string problem) {
 void CompileQueue::process(Program& program) {
   RECORD_FUNCTION("reprise::compile", std::vector<c10::IValue>());
   const std::string trace = write_trace(program);
-  ArtifactStore& store = ArtifactStore::get();
-  const std::string key = store.key(trace);
+  const std::string key = ArtifactStore::get().key(trace);
   if (const char* folder = std::getenv("REPRISE_DUMP_TRACES")) {
     const std::string file = c10::str(folder, "/", program.name, ".json");
     if (std::FILE* out = std::fopen(file.c_str(), "w")) {
@@ -215,42 +214,116 @@ void CompileQueue::process(Program& program) {
     }
   }
 
-  if (auto runner = loaded_[key].lock()) {
+  std::optional<SplitTrace> split;
+  ProgramFamilies::Family* family = nullptr;
+  if (options().dynamic_shapes) {
+    family = &families_.of(split.emplace(trace));
+    family->note(split->integers);
+  }
+  if (auto runner = load(key)) {
     program.runner = std::move(runner);
     program.from_store = true;
     return finish(program, "");
   }
-  if (const auto stored = store.find(key)) {
-    try {
-      program.runner = load_package_runner(*stored);
-      program.from_store = true;
-      metrics().programs_loaded.add(1);
-      loaded_[key] = program.runner;
-      return finish(program, "");
-    } catch (const std::exception& error) {
-      TORCH_WARN("reprise: a stored program is damaged and is compiled again: ", error.what());
-      store.drop(key);
-    }
-  }
+  if (family != nullptr && share(program, *split, *family)) return finish(program, "");
 
   std::string problem;
-  if (!open_compiler(&problem)) return finish(program, problem);
+  const auto start = std::chrono::steady_clock::now();
+  program.runner = compile(program, trace, key, &problem);
+  if (program.runner == nullptr) return finish(program, problem);
+  program.compile_seconds = seconds_since(start);
+  finish(program, "");
+}
+
+bool CompileQueue::share(Program& program, const SplitTrace& split,
+                         ProgramFamilies::Family& family) {
+  const auto serve = [&] {
+    auto serving = family.serving(split.integers);
+    if (!serving) return false;
+    program.runner = std::move(serving->runner);
+    program.symbols = std::move(serving->symbols);
+    for (const int64_t number : serving->numbers) {
+      ProgramInput input;
+      input.kind = ProgramInput::Kind::kNumber;
+      input.geometry.rank = 1;
+      input.geometry.dtype = c10::kByte;
+      input.geometry.dims = {number, 0};
+      program.inputs.push_back(std::move(input));
+    }
+    return true;
+  };
+  if (serve()) {
+    metrics().programs_shared.add(1);
+    return true;
+  }
+  auto general = family.generalise(split.integers);
+  if (!general) return false;
+  program.reason = family.differences(split.integers);
+  REPRISE_LOG(1, program.name, ": ", program.reason, "; a program over ",
+              general->symbol_count(), " symbols (", general->symbols_text(), ") is compiled");
+  const std::string key = ArtifactStore::get().key(general->text());
+  std::string problem;
+  try {
+    auto runner = load(key);
+    program.from_store = runner != nullptr;
+    const auto start = std::chrono::steady_clock::now();
+    if (runner == nullptr) {
+      runner = compile(program, general->text(), key, &problem);
+      program.compile_seconds = seconds_since(start);
+    }
+    if (runner != nullptr) {
+      auto guards = read_guards(ArtifactStore::get().path(key));
+      family.add({std::move(*general), std::move(guards), std::move(runner)});
+      if (serve()) return true;
+      problem = "the compiler took for granted what does not hold for this trace";
+    }
+  } catch (const std::exception& error) {
+    problem = error.what();
+    ArtifactStore::get().drop(key);
+  }
+  program.from_store = false;
+  program.reason += ", but no program could be made over symbols: " + problem;
+  REPRISE_LOG(1, program.name, ": ", program.reason);
+  return false;
+}
+
+std::shared_ptr<Runner> CompileQueue::load(const std::string& key) {
+  if (auto runner = loaded_[key].lock()) return runner;
+  ArtifactStore& store = ArtifactStore::get();
+  const auto stored = store.find(key);
+  if (!stored) return nullptr;
+  try {
+    std::shared_ptr<Runner> runner = load_package_runner(*stored);
+    metrics().programs_loaded.add(1);
+    loaded_[key] = runner;
+    return runner;
+  } catch (const std::exception& error) {
+    TORCH_WARN("reprise: a stored program is damaged and is compiled again: ", error.what());
+    store.drop(key);
+    return nullptr;
+  }
+}
+
+std::shared_ptr<Runner> CompileQueue::compile(const Program& program, const std::string& trace,
+                                              const std::string& key, std::string* problem) {
+  if (!open_compiler(problem)) return nullptr;
   char *report = nullptr, *error = nullptr;
-  const std::string path = store.path(key);
-  const auto compile_start = std::chrono::steady_clock::now();
+  const std::string path = ArtifactStore::get().path(key);
+  const auto start = std::chrono::steady_clock::now();
   if (library.compile(trace.c_str(), path.c_str(), &report, &error) != 0) {
-    return finish(program, take(error));
+    *problem = take(error);
+    return nullptr;
   }
   const std::string phases = take(report);
-  program.runner = load_package_runner(path);
-  loaded_[key] = program.runner;
-  program.compile_seconds = seconds_since(compile_start);
+  std::shared_ptr<Runner> runner = load_package_runner(path);
+  loaded_[key] = runner;
+  const double seconds = seconds_since(start);
   metrics().programs_compiled.add(1);
   torch::lazy::Metric metric("reprise.CompileSeconds");
-  metric.AddSample(program.compile_seconds);
-  REPRISE_LOG(1, program.name, ": compiled ", program.steps.size(), " ops in ",
-              program.compile_seconds, " s ", phases);
-  finish(program, "");
+  metric.AddSample(seconds);
+  REPRISE_LOG(1, program.name, ": compiled ", program.steps.size(), " ops in ", seconds, " s ",
+              phases);
+  return runner;
 }
 
 }  // namespace reprise

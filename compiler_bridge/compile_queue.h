@@ -14,6 +14,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "compiler_bridge/program_families.h"
 #include "lazy_backend/program.h"
 
 namespace reprise {
@@ -43,6 +44,13 @@ class CompileQueue {
   void start_thread();
   void run();
   void process(Program& program);
+  /// A program from the store, or null.
+  std::shared_ptr<Runner> load(const std::string& key);
+  /// Compiles a trace into the store and loads it; null, with the reason, where that fails.
+  std::shared_ptr<Runner> compile(const Program& program, const std::string& trace,
+                                  const std::string& key, std::string* problem);
+  /// Serves the program by one over symbols, compiled now where that is worth it.
+  bool share(Program& program, const SplitTrace& trace, ProgramFamilies::Family& family);
   void finish(Program& program, std::string problem);
   bool open_compiler(std::string* problem);
 
@@ -56,6 +64,7 @@ class CompileQueue {
 
   // The queue's thread only.
   std::unordered_map<std::string, std::weak_ptr<Runner>> loaded_;
+  ProgramFamilies families_;
   enum class Compiler { kClosed, kOpen, kUnusable } compiler_ = Compiler::kClosed;
   std::string compiler_problem_;
 };

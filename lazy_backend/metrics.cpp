@@ -25,6 +25,7 @@ Statistics statistics() {
   s.programs_requested = m.programs_requested.value();
   s.programs_compiled = m.programs_compiled.value();
   s.programs_loaded = m.programs_loaded.value();
+  s.programs_shared = m.programs_shared.value();
   s.compile_failures = m.compile_failures.value();
   s.programs_checked = m.programs_checked.value();
   s.program_failures = m.program_failures.value();

@@ -32,6 +32,7 @@ Options from_environment() {
   read("REPRISE_COMPILE", options.compile);
   read("REPRISE_DEMOTE", options.demote_slow_programs);
   read("REPRISE_FIND_STEPS", options.find_steps);
+  read("REPRISE_DYNAMIC_SHAPES", options.dynamic_shapes);
   read("REPRISE_COMPILE_AFTER", options.compile_after_ops);
   read("REPRISE_CHECK", options.check_programs);
   read("REPRISE_TRACE_BYTES", options.trace_bytes);

@@ -21,6 +21,7 @@ struct ProgramInput {
     kSlot,    ///< the storage in `index`, seen through `geometry`
     kScalar,  ///< dynamic scalar number `index`, as a 0-dim float64 CPU tensor
     kRandom,  ///< the random numbers of step `index`
+    kNumber,  ///< an integer that only the size of `geometry` says: it has no elements in memory
   };
   Kind kind = Kind::kSlot;
   uint32_t index = 0;
@@ -60,6 +61,10 @@ struct Program {
   std::shared_ptr<Runner> runner;
   double compile_seconds = 0;
   bool from_store = false;
+  /// Of a program over symbols: `s0 = 48 (s0: input 1 dim 0)`.
+  std::string symbols;
+  /// What was compiled anew for: `input 1 dim 0: 48 was 64`.
+  std::string reason;
   bool writes_inputs = false;
   /// Memory for its first run, which uses it up. Whoever waits for that run would feel
   /// how long the system takes to give it.

@@ -59,6 +59,9 @@ class InputTensors {
     tensors_.resize(program.inputs.size());
     for (size_t k = 0; k < program.inputs.size(); ++k) {
       const ProgramInput& input = program.inputs[k];
+      if (input.kind == ProgramInput::Kind::kNumber && !tensors_[k].defined()) {
+        tensors_[k] = backing_tensor(no_storage_, input.geometry);
+      }
       if (input.kind != ProgramInput::Kind::kSlot) continue;
       const c10::Storage& storage = segment.at(input.index)->backing();
       if (C10_UNLIKELY(!tensors_[k].defined())) {
@@ -101,6 +104,9 @@ std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots
         break;
       case ProgramInput::Kind::kRandom:
         inputs.push_back(random[next_random++]);
+        break;
+      case ProgramInput::Kind::kNumber:
+        inputs.push_back(slots[k]);
         break;
     }
   }

@@ -719,9 +719,12 @@ void Session::explain(std::string& out) {
         out += c10::str("    program: ", program->inputs.size(), " inputs, ",
                         program->outputs.size(), " outputs, ",
                         program->from_store ? "loaded from the artifact store"
-                                            : c10::str("compiled in ", program->compile_seconds,
-                                                       " s"),
+                        : program->compile_seconds > 0
+                            ? c10::str("compiled in ", program->compile_seconds, " s")
+                            : "shared with other sizes",
                         "\n");
+        if (!program->reason.empty()) out += "    " + program->reason + "\n";
+        if (!program->symbols.empty()) out += "    over symbols: " + program->symbols + "\n";
         break;
       case Program::State::kFailed:
         out += c10::str("    failed: ", program->problem, "\n");

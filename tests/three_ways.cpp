@@ -204,6 +204,7 @@ Statistics since(const Statistics& before) {
   now.programs_requested -= before.programs_requested;
   now.programs_compiled -= before.programs_compiled;
   now.programs_loaded -= before.programs_loaded;
+  now.programs_shared -= before.programs_shared;
   now.compile_failures -= before.compile_failures;
   now.programs_checked -= before.programs_checked;
   now.program_failures -= before.program_failures;
@@ -219,6 +220,7 @@ void begin_test(bool compile) {
   options().compile_after_ops = 1;
   options().demote_slow_programs = false;
   options().find_steps = true;
+  options().dynamic_shapes = false;  // tests share traces, and should not share programs
   options().trace_bytes = Options().trace_bytes;
   options().most_programs = Options().most_programs;
   torch::manual_seed(0);

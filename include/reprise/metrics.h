@@ -22,6 +22,7 @@ struct Statistics {
   uint64_t programs_requested = 0;    ///< programs asked of the compile queue
   uint64_t programs_compiled = 0;
   uint64_t programs_loaded = 0;       ///< taken from the artifact store
+  uint64_t programs_shared = 0;       ///< other sizes served by a program there was
   uint64_t compile_failures = 0;
   uint64_t programs_checked = 0;      ///< programs whose first run gave the interpreter's values
   uint64_t program_failures = 0;      ///< programs that threw, or gave other values or tensors
@@ -42,6 +43,7 @@ void for_each_statistic(const Statistics& s, const Visit& visit) {
   visit("programs_requested", s.programs_requested);
   visit("programs_compiled", s.programs_compiled);
   visit("programs_loaded", s.programs_loaded);
+  visit("programs_shared", s.programs_shared);
   visit("compile_failures", s.compile_failures);
   visit("programs_checked", s.programs_checked);
   visit("program_failures", s.program_failures);

@@ -150,6 +150,7 @@ void begin(bool compile) {
   options().compile = compile;
   options().compile_after_ops = 1;
   options().demote_slow_programs = false;
+  options().dynamic_shapes = false;
 }
 
 }  // namespace

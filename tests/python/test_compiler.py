@@ -18,6 +18,7 @@ import zipfile
 import reprise_compiler
 import torch
 import torch._inductor
+from reprise_compiler import symbols
 from reprise_compiler.trace_to_fx import TraceError
 from trace_recorder import record
 
@@ -525,6 +526,73 @@ class TheHostProgram(CompilerTest):
         self.assertIs(cpu_vec_isa.VecISA.check_build, check_build)
         self.assertIs(torch._functorch.aot_autograd.preserve_rng_state, preserve_rng_state)
         self.assertFalse(config.cpp.dynamic_threads)
+
+
+class OverSymbols(CompilerTest):
+    """Traces whose sizes are symbols."""
+
+    def compiled(self, function, inputs, sizes, hints, numbers=()):
+        """`sizes[k]` is input k's, with expressions; `numbers` replaces integers elsewhere."""
+        trace = record(function, _copies(inputs)).trace
+        for spec, size in zip(trace["inputs"], sizes):
+            spec["sizes"] = size
+        text = json.dumps(trace)
+        for number, expression in numbers:
+            text = text.replace(f'{{"int": {number}}}', json.dumps({"expr": expression}))
+        program = self.load(json.dumps({**json.loads(text), "symbols": hints}))
+        with open(self.package_path + ".guards", encoding="utf-8") as file:
+            return program, file.read().splitlines()
+
+    def test_one_program_for_many_sizes_that_writes_its_input(self):
+        def function(x, w):
+            h = torch.relu(x @ w)
+            w.add_(x.t() @ h, alpha=0.1)
+            return h.sum(0), h * 2
+
+        program, guards = self.compiled(
+            function, [torch.randn(6, 8), torch.randn(8, 5)], [["s0", 8], [8, 5]], [6]
+        )
+        self.assertIn("(>= s0 2)", guards)
+        for rows in (6, 2, 40):
+            expected = [torch.randn(rows, 8), torch.randn(8, 5)]
+            actual = _copies(expected)
+            results = function(*expected)
+            for a, e in zip([*program(*actual), actual[1]], [*results, expected[1]]):
+                torch.testing.assert_close(a, e)
+
+    def test_integers_are_expressions(self):
+        program, _ = self.compiled(
+            lambda x: x.exp().view(56)[:55] + 1, [torch.randn(7, 8)], [["s0", 8]], [7],
+            [(56, "(* 8 s0)"), (55, "(- (* 8 s0) 1)")],
+        )  # fmt: skip
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(program(x)[0], x.exp().view(24)[:23] + 1)
+
+    def test_what_is_taken_for_granted_is_a_guard(self):
+        _, guards = self.compiled(lambda x: x.view(48) + 1, [torch.randn(6, 8)], [["s0", 8]], [6])
+        self.assertTrue({"(>= s0 6)", "(<= s0 6)"} <= set(guards), guards)
+
+    def test_numbers_are_told_by_the_sizes_of_further_inputs(self):
+        recording = record(lambda x: x[:, 3:4] * 2, [torch.randn(2, 9)])
+        text = recording.json.replace('{"int": 3}, {"int": 4}', json.dumps({"expr": "(+ s0 -2)"})
+                                      + ", " + json.dumps({"expr": "(+ s0 -1)"}))  # fmt: skip
+        self.assertIn("expr", text)
+        program = self.load(json.dumps({**json.loads(text), "symbols": [5], "numbers": 1}))
+        x = torch.randn(2, 9)
+        for place in (3, 0, 1, 8):
+            told = torch.empty(1, dtype=torch.uint8).expand(place + 2)
+            torch.testing.assert_close(program(x, told)[0], x[:, place : place + 1] * 2)
+
+    def test_expressions_are_read(self):
+        values = [7, 3]
+        for text, value in {
+            "s0": 7, "-4": -4, "(* 2 s0 s1)": 42, "(// (- s1 s0) 3)": -2, "(% s0 s1)": 1,
+            "(min s0 (+ s1 1))": 4, "(max s0 s1)": 7,
+        }.items():  # fmt: skip
+            self.assertEqual(symbols.evaluate(text, values.__getitem__), value, text)
+        for text in ("", "(", "(+ s0", "(? s0 s1)", "s0 s1", "sx"):
+            with self.assertRaises(symbols.ExpressionError, msg=text):
+                symbols.evaluate(text, values.__getitem__)
 
 
 class Failures(CompilerTest):

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from . import torch_patches
 from .mutations import copy_old_values_first
+from .symbols import Symbols
 from .toolchain import Toolchain
 from .trace_to_fx import TraceProgram, read_trace
 
@@ -74,7 +75,9 @@ def options_for(program: TraceProgram) -> dict[str, Any]:
     return {"layout_optimization": not trains}
 
 
-def fake_inputs(program: TraceProgram) -> tuple[torch.Tensor, ...]:
+def fake_inputs(
+    program: TraceProgram, symbols: Symbols | None = None
+) -> tuple[torch.Tensor, ...]:
     """The example inputs as AOTAutograd wants them.
 
     `torch.export` would trace the graph once more than it is traced anyway, a
@@ -82,16 +85,28 @@ def fake_inputs(program: TraceProgram) -> tuple[torch.Tensor, ...]:
     serialisable program, is not used. The shape environment is needed for
     dynamic scalars, which are symbols in it.
     """
+    if symbols is not None:
+        with FakeTensorMode(shape_env=symbols.shape_env):
+            return program.make_inputs(symbols.values)
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    return tuple(mode.from_tensor(t, static_shapes=True) for t in program.example_inputs)
+    return tuple(mode.from_tensor(t, static_shapes=True) for t in program.make_inputs([]))
 
 
 def _set_call_spec(program: TraceProgram) -> None:
     """How Python's `aoti_load_package` passes arguments: one by one, and gets a
     tuple. C++ callers need none of it.
     """
-    program.module._in_spec = pytree.tree_structure((program.example_inputs, {}))
+    program.module._in_spec = pytree.tree_structure(((0,) * (len(program.inputs) + program.numbers), {}))
     program.module._out_spec = pytree.tree_structure((0,) * program.output_count)
+
+
+def _write_guards(symbols: Symbols, output_path: str) -> None:
+    """Before the package is there, so that none is without."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=Path(output_path).parent, prefix=".partial-", delete=False
+    ) as file:
+        file.writelines(guard + "\n" for guard in symbols.guards())
+    os.replace(file.name, output_path + ".guards")
 
 
 class PackageBuilder:
@@ -121,16 +136,19 @@ class PackageBuilder:
             self._toolchain.finish()
 
     def compile(self, trace_json: str, output_path: str) -> dict[str, Any]:
-        """Writes the package whole or not at all; returns seconds a phase."""
+        """Writes the package whole or not at all; returns seconds a phase. Beside the
+        package of a trace with symbols lie its guards, a line each.
+        """
         report: dict[str, Any] = {}
         clock = _Clock(report)
         with self._compiling(), self._scratch() as scratch:
             program = read_trace(trace_json)
             clock.lap("read_s")
             _set_call_spec(program)
+            symbols = Symbols(program.hints) if program.hints else None
             files = torch._inductor.aot_compile(
                 program.module,
-                fake_inputs(program),
+                fake_inputs(program, symbols),
                 options={
                     **inductor_options(),
                     **options_for(program),
@@ -138,6 +156,8 @@ class PackageBuilder:
                 },
             )
             clock.lap("inductor_s")
+            if symbols is not None:
+                _write_guards(symbols, output_path)
             self._package(files, output_path)
             clock.lap("package_s")
         return report

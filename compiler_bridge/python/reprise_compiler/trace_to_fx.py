@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+
+from .symbols import ExpressionError, evaluate
 
 FORMAT = 1
 
@@ -26,8 +29,20 @@ class TraceProgram:
     """A trace as a graph module, with inputs of the recorded geometry."""
 
     module: GraphModule
-    example_inputs: tuple[torch.Tensor, ...]
+    inputs: list[dict[str, Any]]
+    device: torch.device
+    hints: list[int]  # an example value of each symbol
+    numbers: int  # of the symbols, the last ones, that no size says
     output_count: int
+
+    def make_inputs(self, symbols: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        """The inputs where symbol k is `symbols[k]`, a number or a `SymInt`."""
+        return tuple(
+            example_input(with_symbols(spec, symbols), self.device) for spec in self.inputs
+        ) + tuple(
+            torch.empty_strided([k], [0], dtype=torch.uint8, device=self.device)
+            for k in symbols[len(symbols) - self.numbers :]
+        )
 
 
 def read_trace(trace_json: str) -> TraceProgram:
@@ -39,13 +54,31 @@ def read_trace(trace_json: str) -> TraceProgram:
         raise TraceError(
             f"trace format {trace.get('format')!r}, this compiler reads {FORMAT}"
         )
-    device = torch.device(trace["device"])
     graph = _GraphBuilder(trace).build()
     return TraceProgram(
         module=GraphModule(torch.nn.Module(), graph),
-        example_inputs=tuple(example_input(spec, device) for spec in trace["inputs"]),
+        inputs=trace["inputs"],
+        device=torch.device(trace["device"]),
+        hints=trace.get("symbols", []),
+        numbers=trace.get("numbers", 0),
         output_count=len(trace["outputs"]),
     )
+
+
+def with_symbols(spec: dict[str, Any], symbols: Sequence[Any]) -> dict[str, Any]:
+    """An input's sizes, strides and offset with values in the symbols' places."""
+
+    def value(number: int | str) -> Any:
+        if isinstance(number, str):
+            return evaluate(number, lambda k: symbols[k])
+        return number
+
+    return {
+        **spec,
+        "sizes": [value(n) for n in spec["sizes"]],
+        "strides": [value(n) for n in spec["strides"]],
+        "offset": value(spec["offset"]),
+    }
 
 
 def example_input(spec: dict[str, Any], device: torch.device) -> torch.Tensor:
@@ -125,13 +158,18 @@ class _GraphBuilder:
         # Of each view: the input or result whose storage it shows.
         self.bases: dict[Node, Node] = {}
         self.inputs: dict[Node, dict[str, Any]] = {}
+        self.symbols: dict[int, Node] = {}
 
     def build(self) -> Graph:
         for k, spec in enumerate(self.trace["inputs"]):
             self.values[k] = self.graph.placeholder(f"input_{k}")
             if spec["kind"] not in ("tensor", "scalar"):
                 raise TraceError(f"input {k} has the unknown kind {spec['kind']!r}")
-            self.inputs[self.values[k]] = spec
+            self.inputs[self.values[k]] = with_symbols(spec, self.trace.get("symbols", []))
+        hints, numbers = self.trace.get("symbols", []), self.trace.get("numbers", 0)
+        for k in range(len(hints) - numbers, len(hints)):
+            told = self.graph.placeholder(f"number_{k}")
+            self.symbols[k] = self.graph.call_function(torch.ops.aten.sym_size.int, (told, 0))
         # Read before the first step, so that a scalar is the input's value
         # when the program was called, whatever the steps do.
         for k, spec in enumerate(self.trace["inputs"]):
@@ -183,6 +221,27 @@ class _GraphBuilder:
             if result is not None:
                 self.bind(result, node if len(results) == 1 else self.item(node, k))
 
+    def symbol(self, k: int) -> Node:
+        """The size of an input that is nothing but the symbol."""
+        if k not in self.symbols:
+            for number, spec in enumerate(self.trace["inputs"]):
+                if f"s{k}" in spec["sizes"]:
+                    dim = spec["sizes"].index(f"s{k}")
+                    self.symbols[k] = self.graph.call_function(
+                        torch.ops.aten.sym_size.int, (self.values[number], dim)
+                    )
+                    return self.symbols[k]
+            raise TraceError(f"symbol {k} is no size of an input")
+        return self.symbols[k]
+
+    def expression(self, text: str) -> Any:
+        try:
+            return evaluate(
+                text, self.symbol, lambda f, a, b: self.graph.call_function(f, (a, b))
+            )
+        except ExpressionError as error:
+            raise TraceError(str(error)) from None
+
     def without_symbolic_branches(self, op: Any, keywords: dict[str, Any]) -> Any:
         """`sub` branches on whether alpha is 1 (torch 2.11.0, _refs.sub), which a
         symbol cannot tell; `add` of the negative does not.
@@ -218,6 +277,8 @@ class _GraphBuilder:
         if base not in self.inputs:
             return
         spec = self.inputs[base]
+        if not isinstance(positional[k], int):
+            raise TraceError("the offset of a view over an input is a symbol")
         if positional[k] < spec["offset"] or not _is_dense(spec):
             # A write makes a dense copy of the input, and what lies between its
             # elements is lost to the views that follow.
@@ -266,6 +327,8 @@ class _GraphBuilder:
                 return self.scalars[content]
             case "int" | "bool" | "str":
                 return content
+            case "expr":
+                return self.expression(content)
             case "float":
                 return parse_float(content)
             case "complex":

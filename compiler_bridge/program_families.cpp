@@ -1,0 +1,86 @@
+#include "compiler_bridge/program_families.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <fstream>
+#include <stdexcept>
+
+namespace reprise {
+
+std::optional<ProgramFamilies::Family::Serving> ProgramFamilies::Family::serving(
+    const std::vector<int64_t>& integers) const {
+  for (auto program = programs_.rbegin(); program != programs_.rend(); ++program) {
+    const auto symbols = program->trace.symbols_of(integers);
+    if (!symbols) continue;
+    const auto holds = [&](const Expression& guard) {
+      return guard.evaluate(*symbols).value_or(0) != 0;
+    };
+    if (!std::all_of(program->guards.begin(), program->guards.end(), holds)) continue;
+    std::string text;
+    for (size_t k = 0; k < symbols->size(); ++k) {
+      text += c10::str(k == 0 ? "" : ", ", "s", k, " = ", (*symbols)[k]);
+    }
+    const auto numbers = static_cast<std::ptrdiff_t>(program->trace.number_count());
+    return Serving{program->runner, text + " (" + program->trace.symbols_text() + ")",
+                   {symbols->end() - numbers, symbols->end()}};
+  }
+  return std::nullopt;
+}
+
+void ProgramFamilies::Family::note(const std::vector<int64_t>& integers) {
+  if (std::find(members_.begin(), members_.end(), integers) != members_.end()) return;
+  if (members_.size() == kMostMembers) members_.erase(members_.begin());
+  members_.push_back(integers);
+}
+
+std::optional<GeneralTrace> ProgramFamilies::Family::generalise(
+    const std::vector<int64_t>& integers) {
+  if (members_.size() < 2 || tried_ == kMostPrograms) return std::nullopt;
+  auto general = GeneralTrace::make(like_, members_);
+  // The new one may be left out for a size of 0 or 1.
+  if (!general || !general->symbols_of(integers)) return std::nullopt;
+  ++tried_;
+  return general;
+}
+
+std::string ProgramFamilies::Family::differences(const std::vector<int64_t>& integers) const {
+  if (!programs_.empty()) {
+    const General& last = programs_.back();
+    std::string mismatch = last.trace.mismatch(integers);
+    if (!mismatch.empty()) return mismatch;
+    const auto symbols = last.trace.symbols_of(integers);
+    for (const Expression& guard : last.guards) {
+      if (symbols && guard.evaluate(*symbols).value_or(0) == 0) {
+        return "the program over symbols holds where " + guard.text();
+      }
+    }
+  }
+  const auto other = std::find_if(members_.rbegin(), members_.rend(),
+                                  [&](const auto& member) { return member != integers; });
+  if (other == members_.rend()) return "";
+  std::string text, elsewhere;
+  for (size_t k = 0; k < like_.sites.size(); ++k) {
+    if (integers[k] == (*other)[k]) continue;
+    const bool size = like_.sites[k].kind == SplitTrace::Site::Kind::kSize;
+    std::string& what = size ? text : elsewhere;
+    if (!size && !what.empty()) continue;
+    what += c10::str(what.empty() ? "" : ", ", place(like_.sites[k], k), ": ", integers[k],
+                     " was ", (*other)[k]);
+  }
+  return text.empty() ? elsewhere : text;
+}
+
+ProgramFamilies::Family& ProgramFamilies::of(const SplitTrace& trace) {
+  return families_.try_emplace(trace.skeleton(), trace).first->second;
+}
+
+std::vector<Expression> read_guards(const std::string& package) {
+  std::ifstream in(package + ".guards");
+  TORCH_CHECK(in.good(), "its guards are missing");
+  std::vector<Expression> guards;
+  for (std::string line; std::getline(in, line);) guards.push_back(Expression::parse(line));
+  return guards;
+}
+
+}  // namespace reprise

@@ -1,0 +1,75 @@
+/// \file
+/// Programs over symbols: traces that differ in integers alone share one.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "lazy_backend/program.h"
+#include "symint/general_trace.h"
+
+namespace reprise {
+
+/// Used by the compile queue's thread alone.
+class ProgramFamilies {
+ public:
+  /// A compiled trace over symbols.
+  struct General {
+    GeneralTrace trace;
+    std::vector<Expression> guards;  ///< what the compiler took for granted
+    std::shared_ptr<Runner> runner;
+  };
+
+  class Family {
+   public:
+    explicit Family(SplitTrace like) : like_(std::move(like)) {}
+
+    /// Of a program that is right for a trace with these integers: its runner, and what
+    /// the symbols are.
+    struct Serving {
+      std::shared_ptr<Runner> runner;
+      std::string symbols;
+      std::vector<int64_t> numbers;  ///< sizes that tell it the numbers
+    };
+    std::optional<Serving> serving(const std::vector<int64_t>& integers) const;
+
+    /// There is a trace with these integers.
+    void note(const std::vector<int64_t>& integers);
+    /// A trace over symbols that covers one with these integers, which was noted, where
+    /// one is worth a compile.
+    std::optional<GeneralTrace> generalise(const std::vector<int64_t>& integers);
+    void add(General program) { programs_.push_back(std::move(program)); }
+
+    /// What makes a trace with these integers another than the one before it:
+    /// `input 0 dim 1: 48 was 64`; or than the last program over symbols says.
+    std::string differences(const std::vector<int64_t>& integers) const;
+
+   private:
+    /// Further guesses are not worth their compiles.
+    static constexpr int kMostPrograms = 4;
+    /// Traces kept to make guesses of.
+    static constexpr size_t kMostMembers = 8;
+
+    const SplitTrace like_;
+    std::vector<std::vector<int64_t>> members_;
+    std::vector<General> programs_;
+    int tried_ = 0;
+  };
+
+  /// The family of a trace, made where there is none.
+  Family& of(const SplitTrace& trace);
+
+ private:
+  std::unordered_map<std::string, Family> families_;
+};
+
+/// The guards beside a package, one a line. Throws where they are missing or no
+/// expressions.
+std::vector<Expression> read_guards(const std::string& package);
+
+}  // namespace reprise

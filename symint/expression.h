@@ -1,0 +1,53 @@
+/// \file
+/// Integer expressions over symbols, as sizes of tensors are of one another.
+///
+/// Written in prefix form: `s0`, `12`, `(* 4 s0)`, `(// (+ s0 1) 2)`. The compiler gives
+/// its guards in the same form: `(== (% s0 8) 0)`, `(and (>= s0 2) (!= s1 s0))`.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace reprise {
+
+/// Immutable; copies share. Safe to use from several threads.
+class Expression {
+ public:
+  enum class Kind : uint8_t {
+    kConstant, kSymbol,
+    kAdd, kSubtract, kMultiply, kFloorDivide, kModulo, kMin, kMax,
+    kEqual, kUnequal, kLess, kLessOrEqual, kGreater, kGreaterOrEqual, kAnd, kOr, kNot,
+  };
+
+  static Expression constant(int64_t value);
+  static Expression symbol(uint32_t index);
+  static Expression of(Kind kind, std::vector<Expression> operands);
+
+  /// Throws std::invalid_argument, which says where, for what is no expression.
+  static Expression parse(std::string_view text);
+  std::string text() const;
+
+  /// The value where symbol k is `symbols[k]`: comparisons give 0 or 1, division rounds
+  /// down. Nothing where it overflows, divides by zero or names a symbol that is not there.
+  std::optional<int64_t> evaluate(std::span<const int64_t> symbols) const;
+
+  Kind kind() const { return node_->kind; }
+  /// Of a constant or a symbol.
+  int64_t value() const { return node_->value; }
+
+ private:
+  struct Node {
+    Kind kind;
+    int64_t value = 0;
+    std::vector<Expression> operands;
+  };
+  explicit Expression(Node node) : node_(std::make_shared<const Node>(std::move(node))) {}
+  std::shared_ptr<const Node> node_;
+};
+
+}  // namespace reprise

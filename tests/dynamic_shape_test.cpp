@@ -1,0 +1,220 @@
+// Sizes that change from step to step: one program over symbols for many of them, and
+// eager's values at each.
+#include "cpp_models/gpt.h"
+#include "cpp_models/lstm_lm.h"
+#include "cpp_models/mlp.h"
+#include "cpp_models/resnet.h"
+#include "reprise/reprise.h"
+#include "reprise/testing.h"
+#include "tests/three_ways.h"
+
+namespace reprise::test {
+namespace {
+
+namespace F = torch::nn::functional;
+
+class DynamicShapes : public Lazy {
+ protected:
+  void SetUp() override {
+    begin_test(/*compile=*/true);
+    options().dynamic_shapes = true;
+  }
+};
+
+/// A step for a size of its input.
+using SizedStep = std::function<Tensors(torch::IntArrayRef size)>;
+using SizedProgram = std::function<SizedStep(torch::Device device)>;
+using Sizes = std::vector<std::vector<int64_t>>;
+
+struct Expected {
+  uint64_t compiled = 2;  ///< at most: the first size's own program, and one for all
+  double tolerance = 1;
+  int rounds = 5;  ///< recorded, interpreted and asked for, checked, replayed twice
+};
+
+/// Runs the sizes in turns, each as one marked step, against eager. After the first rounds
+/// every size is replayed.
+void expect_few_programs(const SizedProgram& program, const Sizes& sizes,
+                         const Expected& expected = {}) {
+  torch::manual_seed(3);
+  const SizedStep eager = program(eager_device());
+  torch::manual_seed(3);
+  const SizedStep lazy = program(torch::kLazy);
+  mark_step();
+  const Statistics before = statistics();
+  for (int round = 0; round < expected.rounds; ++round) {
+    const Statistics at_round = statistics();
+    for (const auto& size : sizes) {
+      SCOPED_TRACE(c10::str("round ", round, ", size ", torch::IntArrayRef(size)));
+      const auto seed = static_cast<uint64_t>(100 * round + size[0]);
+      torch::manual_seed(seed);
+      const Tensors wanted = eager(size);
+      torch::manual_seed(seed);
+      const Tensors got = lazy(size);
+      mark_step();
+      ASSERT_EQ(got.size(), wanted.size());
+      for (size_t k = 0; k < got.size(); ++k) {
+        SCOPED_TRACE(c10::str("output ", k));
+        EXPECT_EQ(got[k].strides(), wanted[k].strides());
+        expect_close(got[k], wanted[k], expected.tolerance);
+      }
+      wait_for_compiles();
+    }
+    const Statistics did = since(at_round);
+    if (round + 2 < expected.rounds) continue;
+    EXPECT_EQ(did.ops_recorded, 0u) << explain();
+    EXPECT_EQ(did.segments_interpreted, 0u) << explain();
+    EXPECT_GE(did.segments_replayed, sizes.size()) << explain();
+  }
+  const Statistics did = since(before);
+  EXPECT_LE(did.programs_compiled + did.programs_loaded, expected.compiled) << explain();
+  EXPECT_GE(did.programs_shared, sizes.size() - expected.compiled) << explain();
+  EXPECT_EQ(did.compile_failures, 0u) << explain();
+  EXPECT_EQ(did.program_failures, 0u) << explain();
+}
+
+TEST_F(DynamicShapes, Elementwise) {
+  expect_few_programs(
+      [](torch::Device device) -> SizedStep {
+        const auto w = random(device, {8});
+        return [=](torch::IntArrayRef size) -> Tensors {
+          const auto x = torch::rand({size[0], 8}).to(device);
+          return {torch::tanh(x * w) + 1, (x + w).sum(0), x.t().contiguous(), x.flatten() * 2};
+        };
+      },
+      {{4}, {6}, {5}, {33}, {2}});
+}
+
+TEST_F(DynamicShapes, TwoSizesThatChangeApart) {
+  expect_few_programs(
+      [](torch::Device device) -> SizedStep {
+        return [=](torch::IntArrayRef size) -> Tensors {
+          const auto x = torch::rand({size[0], size[1]}).to(device);
+          const auto mask = torch::ones({size[1], size[1]}, x.options()).tril();
+          return {x.matmul(mask), x.softmax(1), torch::cat({x, x}, 1),
+                  x.slice(1, 0, size[1] - 1).clone(), x.mean(0)};
+        };
+      },
+      {{4, 7}, {6, 9}, {5, 9}, {4, 12}, {3, 3}});
+}
+
+TEST_F(DynamicShapes, SizesOfOneHaveTheirOwnProgram) {
+  expect_few_programs(
+      [](torch::Device device) -> SizedStep {
+        const auto w = random(device, {8, 8});
+        return [=](torch::IntArrayRef size) -> Tensors {
+          return {torch::relu(torch::rand({size[0], 8}).to(device).mm(w))};
+        };
+      },
+      {{4}, {1}, {6}, {9}}, {.compiled = 3});
+}
+
+template <class Model>
+SizedProgram training(const std::function<Model()>& make,
+                      const std::function<Tensors(torch::IntArrayRef)>& batch) {
+  return [=](torch::Device device) -> SizedStep {
+    Model model = make();
+    model->to(device);
+    auto optimizer = std::make_shared<torch::optim::SGD>(
+        model->parameters(), torch::optim::SGDOptions(1e-4).momentum(0.9));
+    return [=](torch::IntArrayRef size) mutable -> Tensors {
+      const Tensors data = batch(size);
+      optimizer->zero_grad();
+      const auto loss = F::cross_entropy(model->forward(data[0].to(device)).flatten(0, -2),
+                                         data[1].to(device));
+      loss.backward();
+      optimizer->step();
+      return joined({loss.detach()}, gradients_of(*model));
+    };
+  };
+}
+
+TEST_F(DynamicShapes, TrainingAnMlp) {
+  expect_few_programs(training<cpp_models::Mlp>(
+                          [] {
+                            return cpp_models::Mlp(cpp_models::MlpOptions{
+                                .inputs = 12, .hidden = {16, 16}, .outputs = 4});
+                          },
+                          [](torch::IntArrayRef size) -> Tensors {
+                            return {torch::randn({size[0], 12}),
+                                    torch::randint(4, {size[0]}, torch::kLong)};
+                          }),
+                      {{8}, {5}, {12}, {3}}, {.tolerance = 100, .rounds = 6});
+}
+
+TEST_F(DynamicShapes, TrainingAGpt) {
+  expect_few_programs(
+      training<cpp_models::Gpt>(
+          [] {
+            return cpp_models::Gpt(cpp_models::GptOptions{
+                .vocabulary = 11, .context = 32, .width = 16, .heads = 2, .layers = 2,
+                .attention = cpp_models::Attention::kMatmul});
+          },
+          [](torch::IntArrayRef size) -> Tensors {
+            return {torch::randint(11, {size[0], size[1]}, torch::kLong),
+                    torch::randint(11, {size[0] * size[1]}, torch::kLong)};
+          }),
+      {{2, 8}, {3, 6}, {4, 11}, {2, 16}}, {.tolerance = 100, .rounds = 6});
+}
+
+TEST_F(DynamicShapes, InferenceOfAResNetOverImageSizes) {
+  expect_few_programs(
+      [](torch::Device device) -> SizedStep {
+        cpp_models::ResNet model(
+            cpp_models::ResNetOptions{.channels = 3, .classes = 4, .depth = 8, .width = 4});
+        model->to(device);
+        model->eval();
+        return [=](torch::IntArrayRef size) mutable -> Tensors {
+          torch::NoGradGuard no_grad;
+          return {model->forward(torch::rand({2, 3, size[0], size[0]}).to(device))};
+        };
+      },
+      {{16}, {24}, {20}, {32}}, {.tolerance = 100});
+}
+
+// No size of an input changes, only where the cache is written and how far it is read.
+TEST_F(DynamicShapes, PositionsInACache) {
+  expect_few_programs(
+      [](torch::Device device) -> SizedStep {
+        const auto cache = torch::zeros({2, 12, 4}).to(device);
+        return [=](torch::IntArrayRef size) -> Tensors {
+          const int64_t position = size[0];
+          const auto x = torch::rand({2, 1, 4}).to(device);
+          cache.slice(1, position, position + 1).copy_(x);
+          const auto seen = cache.slice(1, 0, position + 1);
+          return {torch::softmax(x.matmul(seen.transpose(1, 2)), -1).matmul(seen), cache.clone()};
+        };
+      },
+      {{4}, {6}, {5}, {9}}, {.compiled = 3});
+}
+
+TEST_F(DynamicShapes, AreSaidInExplain) {
+  const auto x = random(torch::kLazy, {8});
+  for (int round = 0; round < 3; ++round) {
+    for (const int64_t size : {4, 6}) {
+      const auto y = (torch::rand({size, 8}).to(torch::kLazy) + x).relu();
+      mark_step();
+      wait_for_compiles();
+    }
+  }
+  EXPECT_NE(explain().find("6 was 4"), std::string::npos) << explain();
+  EXPECT_NE(explain().find("over symbols: s0 = 6"), std::string::npos) << explain();
+}
+
+TEST_F(DynamicShapes, CanBeSwitchedOff) {
+  options().dynamic_shapes = false;
+  const auto x = random(torch::kLazy, {8});
+  const Statistics before = statistics();
+  for (int round = 0; round < 4; ++round) {
+    for (const int64_t size : {4, 6, 7}) {
+      const auto y = (torch::rand({size, 8}).to(torch::kLazy) * x).relu();
+      mark_step();
+      wait_for_compiles();
+    }
+  }
+  EXPECT_EQ(since(before).programs_compiled + since(before).programs_loaded, 3u) << explain();
+  EXPECT_EQ(since(before).programs_shared, 0u);
+}
+
+}  // namespace
+}  // namespace reprise::test
