@@ -63,6 +63,28 @@ void add_differences(const T* actual, const T* expected, const T* before, int64_
   rest.add_to(sum);
 }
 
+template <class T>
+double disturb(T* numbers, int64_t count, double unit, uint32_t seed) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  double largest = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    // The finisher of MurmurHash3, which makes any bit depend on all.
+    auto hash = (static_cast<uint32_t>(k) + 1) * 0x9e3779b9u ^ seed;
+    hash = (hash ^ hash >> 16) * 0x85ebca6bu;
+    hash = (hash ^ hash >> 13) * 0xc2b2ae35u;
+    const double error = static_cast<int32_t>(hash ^ hash >> 16) * 0x1p-31;
+    const auto number = static_cast<double>(numbers[k]);
+    const double size = std::abs(number);
+    largest = size > largest && size < kInfinity ? size : largest;
+    numbers[k] = static_cast<T>(number * (1 + error * 2 * unit));
+  }
+  return largest;
+}
+template double disturb<float>(float*, int64_t, double, uint32_t);
+template double disturb<double>(double*, int64_t, double, uint32_t);
+template double disturb<c10::Half>(c10::Half*, int64_t, double, uint32_t);
+template double disturb<c10::BFloat16>(c10::BFloat16*, int64_t, double, uint32_t);
+
 #define REPRISE_INSTANTIATE(T)                                                       \
   template void add_differences<T>(const T*, const T*, const T*, int64_t, double, double, \
                                    Differences&);

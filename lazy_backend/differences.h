@@ -1,5 +1,5 @@
 /// \file
-/// How far the numbers of two arrays are apart.
+/// How far the numbers of two arrays are apart, and small changes to those of one.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -24,5 +24,10 @@ struct Differences {
 template <class T>
 void add_differences(const T* actual, const T* expected, const T* before, int64_t count,
                      double relative, double absolute, Differences& sum);
+
+/// Multiplies each number by one plus up to two `unit`s of either sign, others for another
+/// `seed`. Returns the largest finite magnitude that was there.
+template <class T>
+double disturb(T* numbers, int64_t count, double unit, uint32_t seed);
 
 }  // namespace reprise
