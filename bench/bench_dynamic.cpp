@@ -64,6 +64,20 @@ Pass training(Model model, std::shared_ptr<torch::optim::Optimizer> optimizer,
   };
 }
 
+template <class Model>
+Pass inference(Model model, Tensors inputs) {
+  model->eval();
+  return [=]() mutable -> Tensors {
+    torch::NoGradGuard no_grad;
+    Tensors out;
+    for (const auto& input : inputs) {
+      out.push_back(model->forward(input));
+      if (input.is_lazy()) reprise::mark_step();
+    }
+    return out;
+  };
+}
+
 std::vector<std::pair<int64_t, int64_t>> shapes() {
   std::vector<std::pair<int64_t, int64_t>> out;
   for (int64_t batch = 2; batch <= 9; ++batch) {
@@ -82,18 +96,9 @@ torch::Tensor tokens(torch::IntArrayRef size) { return torch::randint(96, size, 
 Pass gpt_inference(torch::Device device) {
   auto model = small_gpt();
   model->to(device);
-  model->eval();
   Tensors inputs;
   for (const auto& [batch, length] : shapes()) inputs.push_back(tokens({batch, length}).to(device));
-  return [=]() mutable -> Tensors {
-    torch::NoGradGuard no_grad;
-    Tensors out;
-    for (const auto& input : inputs) {
-      out.push_back(model->forward(input));
-      if (input.is_lazy()) reprise::mark_step();
-    }
-    return out;
-  };
+  return inference(model, inputs);
 }
 
 Pass gpt_training(torch::Device device) {
@@ -112,20 +117,11 @@ Pass gpt_training(torch::Device device) {
 Pass resnet_inference(torch::Device device) {
   cpp_models::ResNet model(cpp_models::ResNetOptions{.depth = 8});
   model->to(device);
-  model->eval();
   Tensors images;
   for (int64_t size = 20; size < 68; size += 4) {
     images.push_back(torch::rand({4, 3, size, size}).to(device));
   }
-  return [=]() mutable -> Tensors {
-    torch::NoGradGuard no_grad;
-    Tensors out;
-    for (const auto& image : images) {
-      out.push_back(model->forward(image));
-      if (image.is_lazy()) reprise::mark_step();
-    }
-    return out;
-  };
+  return inference(model, images);
 }
 
 Pass lstm_training(torch::Device device) {

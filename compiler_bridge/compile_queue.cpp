@@ -228,11 +228,8 @@ void CompileQueue::process(Program& program) {
   if (family != nullptr && share(program, *split, *family)) return finish(program, "");
 
   std::string problem;
-  const auto start = std::chrono::steady_clock::now();
   program.runner = compile(program, trace, key, &problem);
-  if (program.runner == nullptr) return finish(program, problem);
-  program.compile_seconds = seconds_since(start);
-  finish(program, "");
+  finish(program, program.runner == nullptr ? problem : "");
 }
 
 bool CompileQueue::share(Program& program, const SplitTrace& split,
@@ -266,11 +263,7 @@ bool CompileQueue::share(Program& program, const SplitTrace& split,
   try {
     auto runner = load(key);
     program.from_store = runner != nullptr;
-    const auto start = std::chrono::steady_clock::now();
-    if (runner == nullptr) {
-      runner = compile(program, general->text(), key, &problem);
-      program.compile_seconds = seconds_since(start);
-    }
+    if (runner == nullptr) runner = compile(program, general->text(), key, &problem);
     if (runner != nullptr) {
       auto guards = read_guards(ArtifactStore::get().path(key));
       family.add({std::move(*general), std::move(guards), std::move(runner)});
@@ -304,7 +297,7 @@ std::shared_ptr<Runner> CompileQueue::load(const std::string& key) {
   }
 }
 
-std::shared_ptr<Runner> CompileQueue::compile(const Program& program, const std::string& trace,
+std::shared_ptr<Runner> CompileQueue::compile(Program& program, const std::string& trace,
                                               const std::string& key, std::string* problem) {
   if (!open_compiler(problem)) return nullptr;
   char *report = nullptr, *error = nullptr;
@@ -317,12 +310,12 @@ std::shared_ptr<Runner> CompileQueue::compile(const Program& program, const std:
   const std::string phases = take(report);
   std::shared_ptr<Runner> runner = load_package_runner(path);
   loaded_[key] = runner;
-  const double seconds = seconds_since(start);
+  program.compile_seconds = seconds_since(start);
   metrics().programs_compiled.add(1);
   torch::lazy::Metric metric("reprise.CompileSeconds");
-  metric.AddSample(seconds);
-  REPRISE_LOG(1, program.name, ": compiled ", program.steps.size(), " ops in ", seconds, " s ",
-              phases);
+  metric.AddSample(program.compile_seconds);
+  REPRISE_LOG(1, program.name, ": compiled ", program.steps.size(), " ops in ",
+              program.compile_seconds, " s ", phases);
   return runner;
 }
 

@@ -47,7 +47,8 @@ class CompileQueue {
   /// A program from the store, or null.
   std::shared_ptr<Runner> load(const std::string& key);
   /// Compiles a trace into the store and loads it; null, with the reason, where that fails.
-  std::shared_ptr<Runner> compile(const Program& program, const std::string& trace,
+  /// The program is the one that is asked for, and gets the time that it took.
+  std::shared_ptr<Runner> compile(Program& program, const std::string& trace,
                                   const std::string& key, std::string* problem);
   /// Serves the program by one over symbols, compiled now where that is worth it.
   bool share(Program& program, const SplitTrace& trace, ProgramFamilies::Family& family);

@@ -4,19 +4,22 @@
 
 #include <algorithm>
 #include <fstream>
-#include <stdexcept>
 
 namespace reprise {
+
+const Expression* ProgramFamilies::General::broken_guard(
+    const std::vector<int64_t>& symbols) const {
+  const auto broken = std::find_if(guards.begin(), guards.end(), [&](const Expression& guard) {
+    return guard.evaluate(symbols).value_or(0) == 0;
+  });
+  return broken == guards.end() ? nullptr : &*broken;
+}
 
 std::optional<ProgramFamilies::Family::Serving> ProgramFamilies::Family::serving(
     const std::vector<int64_t>& integers) const {
   for (auto program = programs_.rbegin(); program != programs_.rend(); ++program) {
     const auto symbols = program->trace.symbols_of(integers);
-    if (!symbols) continue;
-    const auto holds = [&](const Expression& guard) {
-      return guard.evaluate(*symbols).value_or(0) != 0;
-    };
-    if (!std::all_of(program->guards.begin(), program->guards.end(), holds)) continue;
+    if (!symbols || program->broken_guard(*symbols) != nullptr) continue;
     std::string text;
     for (size_t k = 0; k < symbols->size(); ++k) {
       text += c10::str(k == 0 ? "" : ", ", "s", k, " = ", (*symbols)[k]);
@@ -47,13 +50,10 @@ std::optional<GeneralTrace> ProgramFamilies::Family::generalise(
 std::string ProgramFamilies::Family::differences(const std::vector<int64_t>& integers) const {
   if (!programs_.empty()) {
     const General& last = programs_.back();
-    std::string mismatch = last.trace.mismatch(integers);
-    if (!mismatch.empty()) return mismatch;
     const auto symbols = last.trace.symbols_of(integers);
-    for (const Expression& guard : last.guards) {
-      if (symbols && guard.evaluate(*symbols).value_or(0) == 0) {
-        return "the program over symbols holds where " + guard.text();
-      }
+    if (!symbols) return last.trace.mismatch(integers);
+    if (const Expression* guard = last.broken_guard(*symbols)) {
+      return "the program over symbols holds where " + guard->text();
     }
   }
   const auto other = std::find_if(members_.rbegin(), members_.rend(),

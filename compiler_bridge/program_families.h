@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -23,6 +22,9 @@ class ProgramFamilies {
     GeneralTrace trace;
     std::vector<Expression> guards;  ///< what the compiler took for granted
     std::shared_ptr<Runner> runner;
+
+    /// A guard that does not hold for these symbols, or null.
+    const Expression* broken_guard(const std::vector<int64_t>& symbols) const;
   };
 
   class Family {

@@ -10,7 +10,6 @@
 ///
 /// The two keys are those that libtorch keeps for modes that nobody has switched on.
 #include <ATen/Operators.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/boxing/KernelFunction.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -36,6 +35,11 @@ bool any_enabled() {
   return !excluded.has(c10::DispatchKey::AutocastCPU) || !excluded.has(c10::DispatchKey::AutocastCUDA);
 }
 
+/// The keys that come after ours.
+c10::DispatchKeySet below(c10::DispatchKeySet keys) {
+  return keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kAutocastKey);
+}
+
 class Proxy final : public c10::TensorImpl {
  public:
   Proxy(at::Tensor lazy, c10::Device device)
@@ -58,9 +62,7 @@ class Proxy final : public c10::TensorImpl {
 
 /// Weights get the same proxy again, for libtorch knows what it has cast by its address.
 /// Emptied by the first op that finds autocast off.
-struct Weights {
-  std::unordered_map<c10::TensorImpl*, at::Tensor> proxies;
-};
+using Weights = std::unordered_map<c10::TensorImpl*, at::Tensor>;
 thread_local std::unique_ptr<Weights> weights;
 /// libtorch's kernels are at work, and have switched autocast off for the ops they call.
 thread_local bool casting = false;
@@ -74,7 +76,7 @@ at::Tensor proxy_of(const at::Tensor& tensor) {
   const c10::Device device = backing_device_of(tensor.device().index());
   if (!Proxy::is_weight(tensor)) return at::Tensor(c10::make_intrusive<Proxy>(tensor, device));
   if (!weights) weights = std::make_unique<Weights>();
-  at::Tensor& proxy = weights->proxies[tensor.unsafeGetTensorImpl()];
+  at::Tensor& proxy = (*weights)[tensor.unsafeGetTensorImpl()];
   if (!proxy.defined()) proxy = at::Tensor(c10::make_intrusive<Proxy>(tensor, device));
   return proxy;
 }
@@ -118,8 +120,7 @@ void autocast_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   const auto key = cuda ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
   if (c10::impl::tls_is_dispatch_key_excluded(key) || !op.hasKernelForDispatchKey(key)) {
     if (!any_enabled()) forget_weights();
-    op.redispatchBoxed(
-        keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kAutocastKey), stack);
+    op.redispatchBoxed(below(keys), stack);
     return;
   }
   struct Casting {
@@ -139,9 +140,7 @@ struct Autocast<Op, Return(Args...)> {
   static Return call(c10::DispatchKeySet keys, Args... args) {
     if (C10_LIKELY(!any_enabled())) {
       forget_weights();
-      return Op::redispatch(
-          keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kAutocastKey),
-          std::forward<Args>(args)...);
+      return Op::redispatch(below(keys), std::forward<Args>(args)...);
     }
     static const auto boxed = c10::BoxedKernel::makeFromFunction<&autocast_boxed>();
     static const c10::OperatorHandle op =
