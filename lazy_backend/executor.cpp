@@ -91,22 +91,29 @@ void demote_if_slower(SegmentEnd& end) {
   REPRISE_LOG(1, end.name, " ", end.program->problem);
 }
 
-/// The program's first run, beside the interpreter's.
-void check(SegmentEnd& end, Segment& segment) {
-  RECORD_FUNCTION(end.interpret_range, std::vector<c10::IValue>());
-  Program& program = *end.program;
-  ++end.interpreted;
-  metrics().segments_interpreted.add(1);
-  end.checked = true;
-  const auto problem = check_program(program, segment);
-  if (!problem) {
+/// Takes the check's decision over, where there is one.
+void conclude(SegmentEnd& end) {
+  if (!end.check->decided()) return;
+  const std::string problem = end.check->problem();
+  end.check = nullptr;
+  if (problem.empty()) {
+    end.checked = true;
     metrics().programs_checked.add(1);
     return;
   }
-  program.problem = *problem;
-  program.state = Program::State::kFailed;
+  end.program->problem = problem;
+  end.program->state = Program::State::kFailed;
   metrics().program_failures.add(1);
-  TORCH_WARN("reprise: the program of ", end.name, " is not used: ", *problem);
+  TORCH_WARN("reprise: the program of ", end.name, " is not used: ", problem);
+}
+
+/// The program's first run, beside the interpreter's.
+void begin_check(SegmentEnd& end, Segment& segment) {
+  RECORD_FUNCTION(end.interpret_range, std::vector<c10::IValue>());
+  ++end.interpreted;
+  metrics().segments_interpreted.add(1);
+  end.check = std::make_unique<ProgramCheck>(*end.program, segment);
+  conclude(end);
 }
 
 }  // namespace
@@ -136,12 +143,16 @@ void launch(Node& node, Segment& segment) {
   }
   Program* program = end.program.get();
   const bool ready = program != nullptr && program->state == Program::State::kReady;
-  const bool usable = ready && covers(*program, segment);
-  if (usable && !end.checked && options().check_programs) {
-    check(end, segment);
-    return;
+  bool usable = ready && covers(*program, segment);
+  bool trusted = end.checked || !options().check_programs;
+  if (usable && !trusted) {
+    if (end.check == nullptr) return begin_check(end, segment);
+    end.check->run_disturbed();
+    conclude(end);
+    usable = trusted = end.checked;
   }
-  const bool timing = ready && options().demote_slow_programs && !end.contest.decided();
+  const bool timing =
+      ready && trusted && options().demote_slow_programs && !end.contest.decided();
   if (usable) {
     if (!timing || end.contest.next() == Contest::Runner::kProgram) {
       RECORD_FUNCTION(end.replay_range, std::vector<c10::IValue>());

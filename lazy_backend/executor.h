@@ -10,6 +10,7 @@
 
 #include "lazy_backend/contest.h"
 #include "lazy_backend/program.h"
+#include "lazy_backend/program_check.h"
 #include "lazy_backend/segment.h"
 #include "lazy_backend/trace_tree.h"
 
@@ -31,11 +32,13 @@ struct SegmentEnd {
   std::shared_ptr<Program> program;
   /// The same for more outputs, being compiled.
   std::shared_ptr<Program> wider;
-  /// The present program's first run has been compared with the interpreter's.
+  /// The present program's first run gave the interpreter's values.
   bool checked = false;
+  std::unique_ptr<ProgramCheck> check;  ///< begun and not decided
   Contest contest;               ///< of the present program with the interpreter
 
   void serve(std::shared_ptr<Program> next) {
+    check = nullptr;  // it uses the present program
     program = std::move(next);
     checked = false;
     contest = {};

@@ -155,11 +155,11 @@ std::vector<uint32_t> last_uses(const std::vector<StepPtr>& steps, size_t slots)
   return last;
 }
 
-void run_steps(const std::vector<StepPtr>& steps, const Segment& segment,
-               std::vector<c10::Storage>& storages, std::vector<at::Tensor>& random,
-               const OnCreated& created) {
-  const auto last = last_uses(steps, segment.size());
-  ArgumentBuilder arguments(storages, segment.scalars);
+void run_steps(const std::vector<StepPtr>& steps, const std::vector<bool>& is_created,
+               const ScalarValues& scalars, std::vector<c10::Storage>& storages,
+               std::vector<at::Tensor>& random, const OnCreated& created) {
+  const auto last = last_uses(steps, storages.size());
+  ArgumentBuilder arguments(storages, scalars);
   torch::jit::Stack stack, held;
   size_t next_random = 0;
   const BelowUserModes below;
@@ -197,7 +197,7 @@ void run_steps(const std::vector<StepPtr>& steps, const Segment& segment,
     stack.clear();
     // Free what nothing uses any more.
     const auto free_if_last = [&](const auto& user) {
-      if (last[user.slot] == k && segment.is_created(user.slot)) storages[user.slot] = {};
+      if (last[user.slot] == k && is_created[user.slot]) storages[user.slot] = {};
     };
     for_each_tensor(step.args, free_if_last);
     for_each_result(step.results, free_if_last);
@@ -206,11 +206,13 @@ void run_steps(const std::vector<StepPtr>& steps, const Segment& segment,
 
 void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
   std::vector<c10::Storage> storages(segment.size());
+  std::vector<bool> is_created(segment.size());
   for (uint32_t slot = 0; slot < segment.size(); ++slot) {
-    if (!segment.is_created(slot)) storages[slot] = segment.at(slot)->backing();
+    is_created[slot] = segment.is_created(slot);
+    if (!is_created[slot]) storages[slot] = segment.at(slot)->backing();
   }
   try {
-    run_steps(steps, segment, storages, segment.random,
+    run_steps(steps, is_created, segment.scalars, storages, segment.random,
               [&](uint32_t slot, const at::Tensor& tensor) {
                 if (auto lazy = segment.lock(slot)) lazy->set_backing(tensor.storage());
               });

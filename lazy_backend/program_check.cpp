@@ -31,8 +31,9 @@ at::Tensor elements(const c10::Storage& storage, c10::ScalarType dtype) {
 
 /// The elements in one dimension, without a copy where they are dense.
 at::Tensor flat(const at::Tensor& tensor) {
+  const bool dense = tensor.is_non_overlapping_and_dense();
   const at::Tensor plain = tensor.resolve_conj().resolve_neg();
-  return plain.is_non_overlapping_and_dense()
+  return dense
              ? plain.as_strided({plain.numel()}, {1}, plain.storage_offset())
              : plain.reshape({-1});
 }
@@ -145,8 +146,10 @@ double disturb(const at::Tensor& tensor, uint32_t seed) {
   return largest;
 }
 
+}  // namespace
+
 /// A value that program and interpreter both make.
-struct Value {
+struct ProgramCheck::Value {
   uint32_t slot = 0;
   bool written_input = false;
   Geometry geometry;
@@ -155,177 +158,192 @@ struct Value {
   double noise = 0;  ///< how far the interpreter was off when it was disturbed
 };
 
-class Check {
- public:
-  Check(Program& program, Segment& segment)
-      : program_(program), segment_(segment), scratch_(std::move(program.scratch)) {
-    const size_t nbytes = scratch_bytes(program.steps, program.live, segment);
-    if (!scratch_ || scratch_->nbytes() < nbytes) scratch_ = std::make_shared<Scratch>(nbytes);
+ProgramCheck::ProgramCheck(Program& program, Segment& segment)
+    : program_(program), scratch_(std::move(program.scratch)) {
+  const size_t nbytes = scratch_bytes(program.steps, program.live, segment);
+  if (!scratch_ || scratch_->nbytes() < nbytes) scratch_ = std::make_shared<Scratch>(nbytes);
+  for (const ProgramInput& input : program_.inputs) {
+    if (input.kind == ProgramInput::Kind::kSlot) dtypes_[input.index] = input.geometry.dtype;
   }
-
-  std::optional<std::string> run() {
-    for (const ProgramInput& input : program_.inputs) {
-      if (input.kind == ProgramInput::Kind::kSlot) dtypes_[input.index] = input.geometry.dtype;
+  for (const at::Tensor& numbers : segment.random) random_.push_back(scratch_->park(numbers));
+  const bool ran = run_program_first(segment);
+  interpret(program_.steps, segment);
+  if (!ran) return;
+  try {
+    take_interpreters(segment);
+    if (differing(/*with_noise=*/false) == nullptr) {
+      decided_ = true;
+    } else {
+      keep(segment);
     }
-    for (const at::Tensor& numbers : segment_.random) random_.push_back(scratch_->park(numbers));
-    const auto problem = run_program_first();
-    interpret(program_.steps, segment_);
-    if (problem) return problem;
-    try {
-      return compare();
-    } catch (const std::exception& error) {
-      return c10::str("it could not be compared with the interpreter: ", error.what());
-    }
+  } catch (const std::exception& error) {
+    give_up(error);
   }
+}
 
- private:
-  std::optional<std::string> compare() {
-    take_interpreters();
-    if (!differing(/*with_noise=*/false)) return std::nullopt;
+ProgramCheck::~ProgramCheck() = default;
+
+void ProgramCheck::run_disturbed() {
+  constexpr int kRuns = 4;
+  try {
     measure_noise();
     const Value* value = differing(/*with_noise=*/true);
-    if (value == nullptr) return std::nullopt;
-    return c10::str("its first run differed from the interpreter's: ",
-                    value->written_input ? "the written input in slot " : "the output in slot ",
-                    value->slot, " (", value->geometry.dtype, value->program.sizes(), ") by ",
-                    largest_distance(value->program, value->interpreter), ", where rounding explains ",
-                    value->noise);
+    if (value == nullptr) {
+      decided_ = true;
+    } else if (++runs_ == kRuns) {
+      decide(c10::str("its first run differed from the interpreter's: ",
+                      value->written_input ? "the written input in slot " : "the output in slot ",
+                      value->slot, " (", value->geometry.dtype, value->program.sizes(), ") by ",
+                      largest_distance(value->program, value->interpreter),
+                      ", where rounding explains ", value->noise));
+    }
+  } catch (const std::exception& error) {
+    give_up(error);
   }
+}
 
-  /// Leaves the inputs as they were. Returns why the program cannot run.
-  std::optional<std::string> run_program_first() {
-    for (const StepPtr& step : program_.steps) {
-      for (const uint32_t slot : step->written_inputs) {
-        Value value;
-        value.slot = slot;
-        value.written_input = true;
-        value.geometry.dtype = dtype_of(slot);
-        value.before = scratch_->park(input(slot));
-        values_.push_back(std::move(value));
-      }
-    }
-    std::optional<std::string> problem;
-    try {
-      std::vector<at::Tensor> random;
-      for (const at::Tensor& numbers : segment_.random) random.push_back(numbers.clone());
-      std::vector<at::Tensor> outputs = try_program(program_, segment_, random);
-      for (Value& value : values_) value.program = scratch_->park(input(value.slot));
-      for (size_t k = 0; k < outputs.size(); ++k) {
-        const ProgramOutput& output = program_.outputs[k];
-        Value value;
-        value.slot = output.slot;
-        value.geometry = output.geometry;
-        value.program = scratch_->park(std::exchange(outputs[k], at::Tensor()));
-        values_.push_back(std::move(value));
-      }
-    } catch (const std::exception& error) {
-      problem = error.what();
-    }
-    for (const Value& value : values_) {
-      if (value.written_input) input(value.slot).copy_(value.before);
-    }
-    return problem;
-  }
+void ProgramCheck::decide(std::string problem) {
+  decided_ = true;
+  problem_ = std::move(problem);
+}
 
-  void take_interpreters() {
-    std::vector<Value> held;
-    for (Value& value : values_) {
-      if (value.written_input) {
-        value.interpreter = input(value.slot);
-      } else if (const auto lazy = segment_.lock(value.slot)) {
-        value.interpreter = backing_tensor(lazy->backing(), value.geometry);
-      } else {
-        continue;
-      }
-      held.push_back(std::move(value));
-    }
-    values_ = std::move(held);
-  }
+void ProgramCheck::give_up(const std::exception& error) {
+  decide(c10::str("it could not be compared with the interpreter: ", error.what()));
+}
 
-  const Value* differing(bool with_noise) const {
-    for (const Value& value : values_) {
-      // Beside what disturbed values show there is what an op loses inside, where a
-      // softmax of nearly 1 is taken from 1, say: units of the largest number there is.
-      const double lost = unit_of(value.geometry.dtype) * largest_;
-      const double allowed = with_noise ? 8 * (value.noise + lost) : 0;
-      if (!close(value.program, value.interpreter, value.before, allowed)) {
-        return &value;
-      }
-    }
-    return nullptr;
-  }
-
-  void measure_noise() {
-    constexpr int kRuns = 4;
-    constexpr uint32_t kApart = 1 << 20;  // more than a tensor has pieces
-    const c10::Device device = backing_device_of(program_.device_index);
-    std::unordered_map<uint32_t, c10::Storage> created;
-    std::vector<at::Tensor> before(segment_.size());
-    for (const Value& value : values_) {
-      if (value.written_input) {
-        before[value.slot] = value.before;
-      } else {
-        created[value.slot] = {};
-      }
-    }
-    size_t nbytes = 0;
-    for (uint32_t slot = 0; slot < segment_.size(); ++slot) {
-      if (!segment_.is_created(slot)) nbytes += Scratch::needs(segment_.at(slot)->backing().nbytes());
-    }
-    uint32_t seed = 0;
-    for (int run = 0; run < kRuns; ++run) {
-      Scratch scratch(nbytes);
-      std::vector<c10::Storage> storages(segment_.size());
-      for (uint32_t slot = 0; slot < segment_.size(); ++slot) {
-        if (segment_.is_created(slot)) continue;
-        const at::Tensor copy =
-            scratch.park(before[slot].defined() ? before[slot] : input(slot)).to(device);
-        disturb(copy, seed += kApart);
-        storages[slot] = copy.storage();
-      }
-      std::vector<at::Tensor> random;
-      for (const at::Tensor& numbers : random_) {
-        random.push_back(numbers.to(device, numbers.scalar_type(), /*non_blocking=*/false,
-                                    /*copy=*/true));
-      }
-      run_steps(program_.steps, segment_, storages, random,
-                [&](uint32_t slot, const at::Tensor& tensor) {
-                  largest_ = std::max(largest_, disturb(tensor, seed += kApart));
-                  if (const auto wanted = created.find(slot); wanted != created.end()) {
-                    wanted->second = tensor.storage();
-                  }
-                });
-      for (Value& value : values_) {
-        const at::Tensor disturbed =
-            value.written_input ? elements(storages[value.slot], value.geometry.dtype)
-                                : backing_tensor(created.at(value.slot), value.geometry);
-        value.noise = std::max(value.noise, largest_distance(disturbed, value.interpreter));
-      }
-      if (differing(/*with_noise=*/true) == nullptr) return;
+/// Leaves the inputs as they were. Returns whether the program can run.
+bool ProgramCheck::run_program_first(Segment& segment) {
+  for (const StepPtr& step : program_.steps) {
+    for (const uint32_t slot : step->written_inputs) {
+      Value value;
+      value.slot = slot;
+      value.written_input = true;
+      value.geometry.dtype = dtype_of(slot, segment);
+      value.before = scratch_->park(input(slot, segment));
+      values_.push_back(std::move(value));
     }
   }
-
-  c10::ScalarType dtype_of(uint32_t slot) const {
-    const auto found = dtypes_.find(slot);
-    const c10::ScalarType dtype = found == dtypes_.end() ? c10::kByte : found->second;
-    const bool whole = segment_.at(slot)->backing().nbytes() % c10::elementSize(dtype) == 0;
-    return whole && !c10::isQIntType(dtype) ? dtype : c10::kByte;
+  try {
+    std::vector<at::Tensor> random;
+    for (const at::Tensor& numbers : segment.random) random.push_back(numbers.clone());
+    std::vector<at::Tensor> outputs = try_program(program_, segment, random);
+    for (Value& value : values_) value.program = scratch_->park(input(value.slot, segment));
+    for (size_t k = 0; k < outputs.size(); ++k) {
+      const ProgramOutput& output = program_.outputs[k];
+      Value value;
+      value.slot = output.slot;
+      value.geometry = output.geometry;
+      value.program = scratch_->park(std::exchange(outputs[k], at::Tensor()));
+      values_.push_back(std::move(value));
+    }
+  } catch (const std::exception& error) {
+    decide(error.what());
   }
-  /// The whole of an input's storage.
-  at::Tensor input(uint32_t slot) const {
-    return elements(segment_.at(slot)->backing(), dtype_of(slot));
+  for (const Value& value : values_) {
+    if (value.written_input) input(value.slot, segment).copy_(value.before);
   }
+  return !decided_;
+}
 
-  Program& program_;
-  Segment& segment_;
-  std::shared_ptr<Scratch> scratch_;
-  std::unordered_map<uint32_t, c10::ScalarType> dtypes_;  ///< of inputs
-  std::vector<at::Tensor> random_;  ///< what the random steps drew
-  std::vector<Value> values_;
-  double largest_ = 0;  ///< number that a step has made
-};
+void ProgramCheck::take_interpreters(const Segment& segment) {
+  std::vector<Value> held;
+  for (Value& value : values_) {
+    if (value.written_input) {
+      value.interpreter = input(value.slot, segment);
+    } else if (const auto lazy = segment.lock(value.slot)) {
+      value.interpreter = backing_tensor(lazy->backing(), value.geometry);
+    } else {
+      continue;
+    }
+    held.push_back(std::move(value));
+  }
+  values_ = std::move(held);
+}
 
-}  // namespace
+const ProgramCheck::Value* ProgramCheck::differing(bool with_noise) const {
+  for (const Value& value : values_) {
+    // Beside what disturbed values show there is what an op loses inside, where a
+    // softmax of nearly 1 is taken from 1, say: units of the largest number there is.
+    const double lost = unit_of(value.geometry.dtype) * largest_;
+    const double allowed = with_noise ? 8 * (value.noise + lost) : 0;
+    if (!close(value.program, value.interpreter, value.before, allowed)) return &value;
+  }
+  return nullptr;
+}
+
+/// Copies what the disturbed runs need of the segment, which the user goes on to change.
+void ProgramCheck::keep(const Segment& segment) {
+  const uint32_t slots = segment.size();
+  size_t nbytes = 0;
+  for (const Value& value : values_) nbytes += Scratch::needs(value.interpreter.nbytes());
+  inputs_.resize(slots);
+  created_.resize(slots);
+  for (const Value& value : values_) {
+    if (value.written_input) inputs_[value.slot] = value.before;
+  }
+  for (uint32_t slot = 0; slot < slots; ++slot) {
+    created_[slot] = segment.is_created(slot);
+    if (created_[slot]) continue;
+    const size_t size = Scratch::needs(segment.at(slot)->backing().nbytes());
+    working_bytes_ += size;
+    if (!inputs_[slot].defined()) nbytes += size;
+  }
+  kept_ = std::make_unique<Scratch>(nbytes);
+  for (uint32_t slot = 0; slot < slots; ++slot) {
+    if (!created_[slot] && !inputs_[slot].defined()) {
+      inputs_[slot] = kept_->park(input(slot, segment));
+    }
+  }
+  for (Value& value : values_) value.interpreter = kept_->park(value.interpreter);
+  scalars_ = segment.scalars;
+}
+
+void ProgramCheck::measure_noise() {
+  constexpr uint32_t kApart = 1 << 20;  // more than a tensor has pieces
+  const c10::Device device = backing_device_of(program_.device_index);
+  std::unordered_map<uint32_t, c10::Storage> results;
+  for (const Value& value : values_) {
+    if (!value.written_input) results[value.slot] = {};
+  }
+  Scratch scratch(working_bytes_);
+  std::vector<c10::Storage> storages(inputs_.size());
+  for (size_t slot = 0; slot < inputs_.size(); ++slot) {
+    if (created_[slot]) continue;
+    const at::Tensor copy = scratch.park(inputs_[slot]).to(device);
+    disturb(copy, seed_ += kApart);
+    storages[slot] = copy.storage();
+  }
+  std::vector<at::Tensor> random;
+  for (const at::Tensor& numbers : random_) {
+    random.push_back(numbers.to(device, numbers.scalar_type(), /*non_blocking=*/false,
+                                /*copy=*/true));
+  }
+  run_steps(program_.steps, created_, scalars_, storages, random,
+            [&](uint32_t slot, const at::Tensor& tensor) {
+              largest_ = std::max(largest_, disturb(tensor, seed_ += kApart));
+              if (const auto wanted = results.find(slot); wanted != results.end()) {
+                wanted->second = tensor.storage();
+              }
+            });
+  for (Value& value : values_) {
+    const at::Tensor disturbed = value.written_input
+                                     ? elements(storages[value.slot], value.geometry.dtype)
+                                     : backing_tensor(results.at(value.slot), value.geometry);
+    value.noise = std::max(value.noise, largest_distance(disturbed, value.interpreter));
+  }
+}
+
+c10::ScalarType ProgramCheck::dtype_of(uint32_t slot, const Segment& segment) const {
+  const auto found = dtypes_.find(slot);
+  const c10::ScalarType dtype = found == dtypes_.end() ? c10::kByte : found->second;
+  const bool whole = segment.at(slot)->backing().nbytes() % c10::elementSize(dtype) == 0;
+  return whole && !c10::isQIntType(dtype) ? dtype : c10::kByte;
+}
+
+/// The whole of an input's storage.
+at::Tensor ProgramCheck::input(uint32_t slot, const Segment& segment) const {
+  return elements(segment.at(slot)->backing(), dtype_of(slot, segment));
+}
 
 size_t scratch_bytes(const std::vector<StepPtr>& steps, const std::vector<uint32_t>& live,
                      const Segment& segment) {
@@ -344,10 +362,6 @@ size_t scratch_bytes(const std::vector<StepPtr>& steps, const std::vector<uint32
     if (const auto lazy = segment.lock(slot)) nbytes += Scratch::needs(lazy->nbytes());
   }
   return nbytes;
-}
-
-std::optional<std::string> check_program(Program& program, Segment& segment) {
-  return Check(program, segment).run();
 }
 
 }  // namespace reprise

@@ -1,7 +1,7 @@
 #include "lazy_backend/scratch.h"
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/Functions.h>
+#include <c10/util/strides.h>
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -44,9 +44,9 @@ at::Tensor Scratch::park(const at::Tensor& tensor) {
   const auto options = at::TensorOptions().dtype(tensor.scalar_type());
   const bool fits = memory_ != MAP_FAILED && used_ + nbytes <= size_ && nbytes > 0;
   if (!fits) return at::empty_like(tensor, options).copy_(tensor);
-  const auto strides = tensor.is_non_overlapping_and_dense()
-                           ? tensor.strides().vec()
-                           : at::infer_dense_strides(tensor.sizes(), tensor.strides());
+  const auto contiguous = c10::contiguous_strides(tensor.sizes());
+  const auto strides = tensor.is_non_overlapping_and_dense() ? tensor.strides()
+                                                             : at::IntArrayRef(contiguous);
   at::Tensor copy =
       at::from_blob(static_cast<char*>(memory_) + used_, tensor.sizes(), strides, options);
   used_ += nbytes;

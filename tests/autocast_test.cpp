@@ -122,7 +122,7 @@ TEST_F(Autocast, CastsAWeightOnceInARegion) {
       }
       loss.backward();
       torch::NoGradGuard no_grad;
-      w.sub_(w.grad() * 0.1);
+      w.sub_(w.grad() * 0.01);
       return {loss.detach(), w.grad().clone(), w.detach().clone()};
     };
   }, {.tolerance = kFromCast});

@@ -52,8 +52,8 @@ std::string describe(const torch::Tensor& tensor) {
 class Comparison {
  public:
   Comparison(const Program& program, const Ways& ways) : ways_(ways) {
-    constexpr int kIterations = 4;
-    const int count = ways.repeats_at + 2 + (ways.compiled ? kIterations : 0);
+    // Interpreted and queued; the first run; then perhaps disturbed runs; twice compiled.
+    const int count = ways.repeats_at + 2 + (ways.compiled ? 4 + kMostDisturbed : 0);
     torch::manual_seed(kSeed);
     const Step eager = program(eager_device());
     for (int k = 0; k < count; ++k) {
@@ -100,14 +100,16 @@ class Comparison {
       EXPECT_GT(did.programs_requested, 0u) << explain();
     }
     wait_for_compiles();
-    {
-      // The program's first run: what it gives is compared with the interpreter's
-      // values, which are the ones that count.
-      const Statistics did = step("checked", /*exact=*/true);
+    // The program's first run: what it gives is compared with the interpreter's values,
+    // which are the ones that count. Disturbed runs of the interpreter may follow.
+    bool checked = false;
+    for (int k = 0; k <= kMostDisturbed && !checked; ++k) {
+      const Statistics did = step("being checked", /*exact=*/k == 0);
       EXPECT_EQ(did.ops_recorded, 0u) << explain();
-      EXPECT_GT(did.programs_checked, 0u) << explain();
       EXPECT_EQ(did.program_failures, 0u) << explain();
+      checked = did.programs_checked > 0;
     }
+    EXPECT_TRUE(checked) << explain();
     for (int k = 0; k < 2; ++k) {
       const Statistics did = step("compiled", /*exact=*/false);
       EXPECT_EQ(did.ops_recorded, 0u) << explain();
@@ -119,6 +121,7 @@ class Comparison {
 
  private:
   static constexpr uint64_t kSeed = 7;
+  static constexpr int kMostDisturbed = 4;
 
   static torch::Tensor random_state() {
     auto generator = at::globalContext().defaultGenerator(eager_device());
