@@ -8,7 +8,8 @@ endif()
 if(REPRISE_SANITIZE)
   target_compile_options(reprise_flags INTERFACE
     -fsanitize=${REPRISE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all
-    -Wno-maybe-uninitialized)  # false alarms in libtorch's headers under GCC's sanitizers
+    # False alarms in libtorch's headers under GCC's sanitizers.
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
   target_link_options(reprise_flags INTERFACE -fsanitize=${REPRISE_SANITIZE})
 endif()
 

@@ -82,19 +82,19 @@ class ArgumentBuilder {
   size_t next_ = 0;
 };
 
-void take_result(const Result& result, const c10::IValue& value,
-                 std::vector<c10::Storage>& storages, const OnCreated& created) {
+void take_result(const Step& step, const Result& result, const c10::IValue& value,
+                 std::vector<c10::Storage>& storages, const OnMade& created) {
   if (result.kind == Result::Kind::kList) {
     const auto items = value.toListRef();
     for (size_t k = 0; k < result.list->size(); ++k) {
-      take_result((*result.list)[k], items[k], storages, created);
+      take_result(step, (*result.list)[k], items[k], storages, created);
     }
     return;
   }
   if (result.kind != Result::Kind::kNew) return;
   const at::Tensor& tensor = value.toTensor();
   storages[result.slot] = tensor.storage();
-  created(result.slot, tensor);
+  created(step, result.slot, tensor);
 }
 
 }  // namespace
@@ -157,7 +157,7 @@ std::vector<uint32_t> last_uses(const std::vector<StepPtr>& steps, size_t slots)
 
 void run_steps(const std::vector<StepPtr>& steps, const std::vector<bool>& is_created,
                const ScalarValues& scalars, std::vector<c10::Storage>& storages,
-               std::vector<at::Tensor>& random, const OnCreated& created) {
+               std::vector<at::Tensor>& random, const OnMade& created, const OnMade& written) {
   const auto last = last_uses(steps, storages.size());
   ArgumentBuilder arguments(storages, scalars);
   torch::jit::Stack stack, held;
@@ -165,6 +165,13 @@ void run_steps(const std::vector<StepPtr>& steps, const std::vector<bool>& is_cr
   const BelowUserModes below;
   // A few kernels ask for it (oneDNN's LSTM), and the launch may come under another.
   const c10::AutoGradMode restored(c10::GradMode::is_enabled());
+  const auto show_written = [&](const Step& step) {
+    if (!written) return;
+    for_each_tensor(step.args, [&](const Arg& arg) {
+      if (std::find(step.written.begin(), step.written.end(), arg.slot) == step.written.end()) return;
+      written(step, arg.slot, backing_tensor(storages[arg.slot], arg.geometry()));
+    });
+  };
   for (size_t k = 0; k < steps.size(); ++k) {
     const Step& step = *steps[k];
     if (step.only_aliases) continue;
@@ -175,9 +182,10 @@ void run_steps(const std::vector<StepPtr>& steps, const std::vector<bool>& is_cr
         const Arg& filled = step.args[0];
         backing_tensor(storages[filled.slot], filled.geometry()).copy_(numbers);
       } else {
-        take_result(step.results[0], numbers, storages, created);
+        take_result(step, step.results[0], numbers, storages, created);
       }
       numbers = at::Tensor();
+      show_written(step);
       continue;
     }
     const auto& declared = step.op.schema().arguments();
@@ -192,9 +200,10 @@ void run_steps(const std::vector<StepPtr>& steps, const std::vector<bool>& is_cr
     step.op.callBoxed(stack);
     held.clear();
     for (size_t r = 0; r < step.results.size(); ++r) {
-      take_result(step.results[r], stack[r], storages, created);
+      take_result(step, step.results[r], stack[r], storages, created);
     }
     stack.clear();
+    show_written(step);
     // Free what nothing uses any more.
     const auto free_if_last = [&](const auto& user) {
       if (last[user.slot] == k && is_created[user.slot]) storages[user.slot] = {};
@@ -213,7 +222,7 @@ void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
   }
   try {
     run_steps(steps, is_created, segment.scalars, storages, segment.random,
-              [&](uint32_t slot, const at::Tensor& tensor) {
+              [&](const Step&, uint32_t slot, const at::Tensor& tensor) {
                 if (auto lazy = segment.lock(slot)) lazy->set_backing(tensor.storage());
               });
   } catch (...) {

@@ -19,16 +19,18 @@ namespace reprise {
 /// throw the same when they are read.
 void interpret(const std::vector<StepPtr>& steps, Segment& segment);
 
-/// Called with each storage that a step creates, seen through the step's own tensor.
-using OnCreated = std::function<void(uint32_t slot, const at::Tensor& tensor)>;
+/// Called with a storage that a step has created or written, seen through the step's own
+/// tensor.
+using OnMade = std::function<void(const Step& step, uint32_t slot, const at::Tensor& tensor)>;
 
 /// As `interpret`, on storages that no segment need have: `storages`, by slot, holds those
 /// of inputs, which may be written, and is where created ones live as long as a step uses
 /// them. `is_created` tells which are, by slot. `random` holds what the random steps drew,
-/// in order, and is used up.
+/// in order, and is used up. `written` may be null.
 void run_steps(const std::vector<StepPtr>& steps, const std::vector<bool>& is_created,
                const ScalarValues& scalars, std::vector<c10::Storage>& storages,
-               std::vector<at::Tensor>& random, const OnCreated& created);
+               std::vector<at::Tensor>& random, const OnMade& created,
+               const OnMade& written = nullptr);
 
 /// The numbers that a random step makes for its geometry, in a tensor of their own.
 at::Tensor draw(const Step& step);

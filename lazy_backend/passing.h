@@ -44,7 +44,10 @@ class Passing {
     for (const Pair& pair : pairs_) {
       if (pair.lazy == tensor.unsafeGetTensorImpl()) return pair.backing;
     }
-    pairs_.push_back({tensor.unsafeGetTensorImpl(), unwrap(tensor)});
+    const at::Tensor& made = storage->made();
+    const bool same = made.defined() && made.dtype() == tensor.dtype() &&
+                      same_geometry(made, tensor);
+    pairs_.push_back({tensor.unsafeGetTensorImpl(), same ? made : unwrap(tensor)});
     return pairs_.back().backing;
   }
   std::optional<at::Tensor> unwrapped(const std::optional<at::Tensor>& tensor) {
@@ -79,7 +82,8 @@ class Passing {
       return wrap(c10::intrusive_ptr<LazyStorage>::reclaim_copy(lazy_storage(pair.lazy)), result,
                   pair.lazy->key_set());
     }
-    at::Tensor lazy = wrap_new(result, std::max<c10::DeviceIndex>(index_, 0));
+    at::Tensor lazy =
+        wrap_new(result, std::max<c10::DeviceIndex>(index_, 0), /*keep=*/!several);
     if (C10_UNLIKELY(several)) {  // another result may share its storage
       pairs_.push_back({lazy.unsafeGetTensorImpl(), std::move(result)});
       made_.push_back(lazy);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -126,6 +127,12 @@ void for_each_piece(const at::Tensor& tensor, const Visit& visit) {
   constexpr int64_t kPiece = 1 << 14;
   const at::Tensor all = flat(tensor);
   for (int64_t at = 0; at < all.numel(); at += kPiece) visit(all.slice(0, at, at + kPiece));
+}
+
+/// What it makes is whatever lay in the memory: no magnitude is to be taken from it.
+bool leaves_uninitialized(const Step& step) {
+  const std::string_view name = step.op.schema().name();
+  return name.starts_with("aten::empty") || name.starts_with("aten::new_empty");
 }
 
 /// Multiplies each element by one plus a few units in the last place. Returns the largest
@@ -318,13 +325,18 @@ void ProgramCheck::measure_noise() {
     random.push_back(numbers.to(device, numbers.scalar_type(), /*non_blocking=*/false,
                                 /*copy=*/true));
   }
+  const auto disturb_made = [&](const Step& step, uint32_t, const at::Tensor& tensor) {
+    if (leaves_uninitialized(step)) return;
+    largest_ = std::max(largest_, disturb(tensor, seed_ += kApart));
+  };
   run_steps(program_.steps, created_, scalars_, storages, random,
-            [&](uint32_t slot, const at::Tensor& tensor) {
-              largest_ = std::max(largest_, disturb(tensor, seed_ += kApart));
+            [&](const Step& step, uint32_t slot, const at::Tensor& tensor) {
+              disturb_made(step, slot, tensor);
               if (const auto wanted = results.find(slot); wanted != results.end()) {
                 wanted->second = tensor.storage();
               }
-            });
+            },
+            disturb_made);
   for (Value& value : values_) {
     const at::Tensor disturbed = value.written_input
                                      ? elements(storages[value.slot], value.geometry.dtype)

@@ -80,6 +80,7 @@ LazyStorage::~LazyStorage() {
 void LazyStorage::release_resources() {
   // The strong count is zero; a segment may still hold us weakly. The bytes go
   // now, as eager's would.
+  made_ = at::Tensor();
   backing_ = c10::Storage();
   error_ = nullptr;
   if (!released_) {
@@ -110,6 +111,7 @@ void LazyStorage::operator delete(void* memory) {
 
 void LazyStorage::set_backing(c10::Storage backing) {
   if (backing) unsafe_set_nbytes(backing.nbytes());
+  made_ = at::Tensor();
   backing_ = std::move(backing);
 }
 
@@ -149,7 +151,7 @@ at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like,
   return at::Tensor(std::move(impl));
 }
 
-at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index) {
+at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index, bool keep) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       backing_tensor.layout() == c10::kStrided && !backing_tensor.is_quantized(),
       "reprise: lazy tensors are strided; an op returned a ", backing_tensor.layout(),
@@ -157,6 +159,7 @@ at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index) {
   auto storage =
       c10::make_intrusive<LazyStorage>(backing_tensor.storage().nbytes(), index);
   storage->set_backing(backing_tensor.storage());
+  if (keep) storage->set_made(backing_tensor);
   return wrap(std::move(storage), backing_tensor);
 }
 

@@ -35,6 +35,12 @@ class LazyStorage final : public c10::StorageImpl {
   const c10::Storage& backing() const { return backing_; }
   void set_backing(c10::Storage backing);
 
+  /// A tensor over `backing()`, kept so that a call that takes it finds it made: the one
+  /// that an op returned. Often there is none. Set before another thread can know this
+  /// storage.
+  const at::Tensor& made() const { return made_; }
+  void set_made(at::Tensor tensor) { made_ = std::move(tensor); }
+
   /// The session with a segment in flight that makes or writes this storage;
   /// null when `backing()` is all there is to know.
   Session* pending_in() const { return pending_in_.load(std::memory_order_acquire); }
@@ -83,6 +89,7 @@ class LazyStorage final : public c10::StorageImpl {
 
  private:
   c10::Storage backing_;
+  at::Tensor made_;
   std::atomic<Session*> pending_in_{nullptr};
   std::atomic<uint64_t> epoch_{0};
   std::atomic<uint32_t> slot_{0};
@@ -129,7 +136,7 @@ at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like)
 at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like,
                 c10::DispatchKeySet keys);
 
-/// As above over a new storage whose backing is that of `backing_tensor`.
-at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index);
+/// As above over a new storage whose backing is that of `backing_tensor`, which it may keep.
+at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index, bool keep = false);
 
 }  // namespace reprise

@@ -101,6 +101,19 @@ TEST_F(DynamicShapes, TwoSizesThatChangeApart) {
       {{4, 7}, {6, 9}, {5, 9}, {4, 12}, {3, 3}});
 }
 
+TEST_F(DynamicShapes, FloatsThatChangeStayInputs) {
+  expect_few_programs(
+      [](torch::Device device) -> SizedStep {
+        auto step = std::make_shared<int>(0);
+        return [=](torch::IntArrayRef size) -> Tensors {
+          const double rate = 0.25 * (++*step % 7) - 0.5;
+          const auto x = torch::rand({size[0], 8}).to(device);
+          return {x * rate, (1.5 - x).clamp(-1, rate)};
+        };
+      },
+      {{4}, {6}, {5}, {9}});
+}
+
 TEST_F(DynamicShapes, SizesOfOneHaveTheirOwnProgram) {
   expect_few_programs(
       [](torch::Device device) -> SizedStep {

@@ -1,5 +1,6 @@
 #include "tests/fuzz/compare.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -100,28 +101,31 @@ Machine::Settings one_segment() {
   return settings;
 }
 
-std::vector<Outcome> run_all(const std::vector<Program>& programs, torch::Device device) {
+/// The `time`-th time of each, on its first state.
+std::vector<Outcome> run_all(const std::vector<Program>& programs, torch::Device device,
+                             uint32_t time) {
   std::vector<Outcome> outcomes;
   for (const Program& program : programs) {
-    outcomes.push_back(Machine(program, device, one_segment()).step(0));
+    outcomes.push_back(Machine(program, device, one_segment()).step(time));
   }
   return outcomes;
 }
 
 /// What eager gives with noise, `count` times.
-std::vector<std::vector<torch::Tensor>> disturbed_runs(const Program& program, int count, double noise) {
+std::vector<std::vector<torch::Tensor>> disturbed_runs(const Program& program, uint32_t time,
+                                                       int count, double noise) {
   std::vector<std::vector<torch::Tensor>> runs;
   for (int k = 0; k < count; ++k) {
     Machine::Settings settings = one_segment();
     settings.noise = noise;
     settings.noise_seed = static_cast<uint64_t>(k + 1);
-    runs.push_back(on_host(Machine(program, backing_device(), settings).step(0).values));
+    runs.push_back(on_host(Machine(program, backing_device(), settings).step(time).values));
   }
   return runs;
 }
 
-std::optional<std::string> difference_when_compiled(const Program& program, const Outcome& lazy,
-                                                    const Outcome& eager) {
+std::optional<std::string> difference_when_compiled(const Program& program, uint32_t time,
+                                                    const Outcome& lazy, const Outcome& eager) {
   if (auto said = difference_of_said(lazy, eager)) return said;
   const auto l = on_host(lazy.values), e = on_host(eager.values);
   const auto outside = [&](const std::vector<std::vector<torch::Tensor>>& runs) -> std::optional<size_t> {
@@ -136,9 +140,9 @@ std::optional<std::string> difference_when_compiled(const Program& program, cons
     return std::nullopt;
   };
   if (!outside({})) return std::nullopt;
-  if (!outside(disturbed_runs(program, 4, 2))) return std::nullopt;
+  if (!outside(disturbed_runs(program, time, 4, 2))) return std::nullopt;
   // A rare case, a comparison of nearly equal numbers say, may take many runs to show.
-  const auto k = outside(disturbed_runs(program, 64, 8));
+  const auto k = outside(disturbed_runs(program, time, 64, 8));
   if (!k) return std::nullopt;
   return c10::str(eager.names[*k], " differs, compiled:\n", show(l[*k]), "\neager:\n", show(e[*k]));
 }
@@ -191,29 +195,36 @@ std::optional<std::string> difference_when_interpreted(const Program& program) {
 
 Compiled compare_compiled(const std::vector<Program>& programs) {
   begin(/*compile=*/true);
+  const bool change = std::any_of(programs.begin(), programs.end(),
+                                   [](const Program& program) { return program.changes(); });
+  options().dynamic_shapes = change;
+  const uint32_t times = change ? 4 : 1;
   Compiled result;
   const uint64_t refused = statistics().program_failures;
-  const auto decided = [] {
-    const Statistics now = statistics();
-    return now.programs_checked + now.program_failures + now.compile_failures;
-  };
-  const uint64_t decided_before = decided();
-  const auto eager = run_all(programs, backing_device());
+  std::vector<std::vector<Outcome>> eager;
+  for (uint32_t time = 0; time < times; ++time) {
+    eager.push_back(run_all(programs, backing_device(), time));
+  }
   mark_step();
-  // Recorded; verified, which asks for a program; the program beside the interpreter, and
-  // the interpreter disturbed until it is decided.
-  for (int k = 0; k < 3 || (k < 7 && decided() == decided_before); ++k) {
-    const auto held = run_all(programs, torch::kLazy);
-    mark_step();
+  // Recorded; verified, which asks for programs; the programs beside the interpreter, and
+  // the interpreter disturbed until it is decided; then all are replayed.
+  constexpr int kMostRounds = 9;
+  std::vector<std::vector<Outcome>> lazy;
+  bool replayed = false;
+  for (int round = 0; round < kMostRounds && !replayed; ++round) {
+    lazy.clear();
+    const Statistics before = statistics();
+    for (uint32_t time = 0; time < times; ++time) {
+      lazy.push_back(run_all(programs, torch::kLazy, time));
+      mark_step();
+    }
+    const Statistics after = statistics();
+    replayed = after.segments_replayed > before.segments_replayed &&
+               after.segments_interpreted == before.segments_interpreted &&
+               after.ops_recorded == before.ops_recorded;
     wait_for_compiles();
   }
-  const Statistics before = statistics();
-  const auto lazy = run_all(programs, torch::kLazy);
-  mark_step();
-  const Statistics after = statistics();
-  if (after.segments_replayed == before.segments_replayed ||
-      after.segments_interpreted > before.segments_interpreted ||
-      after.ops_recorded > before.ops_recorded) {
+  if (!replayed) {
     if (programs.size() == 1) {
       if (statistics().program_failures > refused) {
         result.differences.push_back({0, "its program was refused\n" + explain()});
@@ -242,8 +253,11 @@ Compiled compare_compiled(const std::vector<Program>& programs) {
   }
   result.replayed = programs.size();
   for (size_t k = 0; k < programs.size(); ++k) {
-    if (auto found = difference_when_compiled(programs[k], lazy[k], eager[k])) {
-      result.differences.push_back({k, std::move(*found)});
+    for (uint32_t time = 0; time < times; ++time) {
+      auto found = difference_when_compiled(programs[k], time, lazy[time][k], eager[time][k]);
+      if (!found) continue;
+      result.differences.push_back({k, c10::str("time ", time, ": ", *found)});
+      break;
     }
   }
   options().compile = false;

@@ -20,8 +20,8 @@ using namespace reprise::fuzz;
 constexpr const char* kHelp =
     R"(usage: fuzz_programs [--seed S] [--count N] [options]
 
-Runs N random programs of views, writes, reads, branches and autograd on eager's
-device and on the lazy device: recorded, verified and interpreted (to the last bit),
+Runs N random programs of views, writes, reads, branches, autograd, changing sizes and
+changing numbers on eager's device and on the lazy device: recorded, verified and interpreted (to the last bit),
 and compiled (within what rounding explains). The last line is
 `N programs, F differences`; the exit status is 1 where F is not 0.
 
@@ -141,13 +141,27 @@ class Fuzzer {
  private:
   bool full() const { return settings_.differences > 0 && differences_ >= settings_.differences; }
 
+  /// Those that change in one batch, the others in another.
   void compile(const std::vector<Program>& batch, uint64_t first) {
+    for (const bool change : {false, true}) {
+      std::vector<Program> part;
+      std::vector<uint64_t> numbers;
+      for (size_t k = 0; k < batch.size(); ++k) {
+        if (batch[k].changes() != change) continue;
+        part.push_back(batch[k]);
+        numbers.push_back(first + k);
+      }
+      if (!part.empty()) compile(part, numbers);
+    }
+  }
+
+  void compile(const std::vector<Program>& batch, const std::vector<uint64_t>& numbers) {
     const Compiled result = compare_compiled(batch);
     compiled_ += result.replayed;
     not_compiled_ += result.not_compiled.size();
     for (const auto& one : result.not_compiled) {
-      std::cout << "program " << first + one.program << " (--seed " << settings_.seed
-                << " --first " << first + one.program << " --count 1) did not run compiled: "
+      std::cout << "program " << numbers[one.program] << " (--seed " << settings_.seed
+                << " --first " << numbers[one.program] << " --count 1) did not run compiled: "
                 << one.text << std::flush;
     }
     for (const auto& one : result.differences) {
@@ -155,7 +169,7 @@ class Fuzzer {
         return !compare_compiled({candidate}).differences.empty();
       });
       const auto again = compare_compiled({least}).differences;
-      report(first + one.program, "compiled", least,
+      report(numbers[one.program], "compiled", least,
              again.empty() ? "only in its batch: " + one.text : again.front().text);
     }
   }

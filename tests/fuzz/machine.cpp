@@ -104,12 +104,19 @@ void Machine::keep(torch::Tensor tensor, std::string name) {
   values_.push_back({std::move(tensor), std::move(name)});
 }
 
-void Machine::run(const Instruction& instruction, Outcome& outcome) {
+/// Of two dimensions that change apart, with numbers of the program's own.
+torch::Tensor Machine::sized_input(uint32_t k) const {
+  auto generator = at::make_generator<at::CPUGeneratorImpl>(program_.seed + k);
+  return torch::randn({3 + k % 3 * 2, 4 + k % 2}, generator).to(device_);
+}
+
+void Machine::run(const Instruction& instruction, uint32_t k, Outcome& outcome) {
   const Op& op = ops()[instruction.op % ops().size()];
   if (std::exchange(skip_, false)) return;
   const Value a = pick(instruction.a), b = pick(instruction.b), c = pick(instruction.c);
-  const Operands operands{a.tensor, b.tensor, c.tensor, instruction.i % 8, instruction.j % 8,
-                          parameter_s(instruction)};
+  const uint32_t shift = program_.numbers_change ? k : 0;
+  const Operands operands{a.tensor, b.tensor, c.tensor, (instruction.i + shift) % 8,
+                          instruction.j % 8, parameter_s(instruction) + 0.25 * shift};
   const std::string made = c10::str("v", next_name_);
   const auto list = [&](const std::string& before, const std::string& after) {
     if (!settings_.list) return;
@@ -181,13 +188,14 @@ Outcome Machine::step(uint32_t k) {
   std::optional<torch::NoGradGuard> no_grad;
   if (program_.no_grad) no_grad.emplace();
   values_ = state_;
+  if (program_.sizes_change) values_.push_back({sized_input(k), "n"});
   next_name_ = 0;
   skip_ = false;
   const bool other = (program_.others >> k & 1) != 0;
   const size_t until = other ? std::min<size_t>(program_.turn, program_.code.size()) : program_.code.size();
-  for (size_t n = 0; n < until; ++n) run(program_.code[n], outcome);
+  for (size_t n = 0; n < until; ++n) run(program_.code[n], k, outcome);
   if (other) {
-    for (const Instruction& instruction : program_.other) run(instruction, outcome);
+    for (const Instruction& instruction : program_.other) run(instruction, k, outcome);
   }
   const auto give = [&](const Value& value) {
     outcome.said.push_back(describe(value.tensor));
@@ -216,7 +224,9 @@ std::string to_cpp(const Program& program) {
   std::string out = c10::str("// ", program.times, " times, ",
                              program.marked ? "marked" : "not marked",
                              program.read_late ? ", values read at the end" : "",
-                             program.no_grad ? ", without autograd" : "", "; seed ", program.seed, "\n");
+                             program.no_grad ? ", without autograd" : "",
+                             program.sizes_change ? ", n of another size each time" : "",
+                             program.numbers_change ? ", other numbers each time" : "", "; seed ", program.seed, "\n");
   for (const bool other : {false, true}) {
     if (other && program.others == 0) break;
     Program one = program;

@@ -49,7 +49,8 @@ class Machine {
     std::string name;
   };
 
-  void run(const Instruction& instruction, Outcome& outcome);
+  void run(const Instruction& instruction, uint32_t k, Outcome& outcome);
+  torch::Tensor sized_input(uint32_t k) const;
   void keep(torch::Tensor tensor, std::string name);
   void disturb(const torch::Tensor& tensor);
   const Value& pick(uint8_t operand) const;

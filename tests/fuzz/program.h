@@ -29,10 +29,17 @@ struct Program {
   bool marked = true;      ///< mark_step() after each time
   bool read_late = false;  ///< values are compared at the end, not after each time
   bool no_grad = false;
+  bool sizes_change = false;    ///< each time has one more input, of another size
+  bool numbers_change = false;  ///< `i` and `s` of each instruction are others each time
+
+  bool changes() const { return sizes_change || numbers_change; }
 };
 
 /// The same for the same seed, on every machine.
 Program random_program(uint64_t seed, size_t length);
+
+/// The program that these bytes are: of any bytes, and each changes little of it.
+Program program_of(const uint8_t* data, size_t size);
 
 /// The program with least instructions found, of those that still fail. `fails` is
 /// called some hundred times.
@@ -62,6 +69,11 @@ Program shrink(Program program, const Fails& fails) {
     Program candidate = program;
     candidate.others = 0;
     candidate.other.clear();
+    attempt(candidate);
+  }
+  for (bool Program::*change : {&Program::sizes_change, &Program::numbers_change}) {
+    Program candidate = program;
+    candidate.*change = false;
     attempt(candidate);
   }
   while (program.times > 1) {

@@ -316,6 +316,14 @@ class DynamicScalars(CompilerTest):
 
         self.check(f, [torch.rand(16)], scalars=(0.25,), other_scalars=(0.0,))
 
+    def test_bounds_promote_and_fuse_as_numbers_do(self):
+        def f(x, n, s):
+            y = torch.softmax(x.clamp(-1, s), 0)
+            return y, n.clamp(-1, s), n.clamp_min(s), x.clone().clamp_max_(s)
+
+        inputs = [torch.randn(3, 4), torch.arange(-3, 5)]
+        self.check(f, inputs, scalars=(0.25,), other_scalars=(1.75,))
+
     def test_a_number_that_cannot_vary_is_an_error(self):
         x, w = torch.rand(3, 4), torch.rand(4)
         recording = record(lambda x, w: aten.native_layer_norm(x, [4], w, w, 0.25), [x, w], (0.25,))
@@ -531,9 +539,9 @@ class TheHostProgram(CompilerTest):
 class OverSymbols(CompilerTest):
     """Traces whose sizes are symbols."""
 
-    def compiled(self, function, inputs, sizes, hints, numbers=()):
+    def compiled(self, function, inputs, sizes, hints, numbers=(), scalars=()):
         """`sizes[k]` is input k's, with expressions; `numbers` replaces integers elsewhere."""
-        trace = record(function, _copies(inputs)).trace
+        trace = record(lambda *t: function(*t, *scalars), _copies(inputs), scalars).trace
         for spec, size in zip(trace["inputs"], sizes):
             spec["sizes"] = size
         text = json.dumps(trace)
@@ -559,6 +567,16 @@ class OverSymbols(CompilerTest):
             results = function(*expected)
             for a, e in zip([*program(*actual), actual[1]], [*results, expected[1]]):
                 torch.testing.assert_close(a, e)
+
+    def test_floats_that_change_stay_inputs(self):
+        def function(x, s):
+            return x * s, x + s
+
+        program, _ = self.compiled(function, [torch.randn(6, 8)], [["s0", 8]], [6], scalars=(0.3,))
+        for rows, s in ((6, 0.3), (4, -1.7)):
+            x = torch.randn(rows, 8)
+            results = program(x, torch.tensor(s, dtype=torch.float64))
+            torch.testing.assert_close(tuple(results), function(x, s))
 
     def test_integers_are_expressions(self):
         program, _ = self.compiled(

@@ -90,8 +90,8 @@ def example_input(spec: dict[str, Any], device: torch.device) -> torch.Tensor:
     beginning (torch 2.11.0). `_GraphBuilder` sets what names an offset right.
     """
     if spec["kind"] == "scalar":
-        # Not 0 or 1, so that nothing is folded that holds for those alone.
-        return torch.tensor(0.5, dtype=torch.float64)
+        # Not made of a number, which a fake tensor would keep and be folded to.
+        device = torch.device("cpu")
     dtype = torch_constant(spec["dtype"], torch.dtype)
     sizes, strides = spec["sizes"], spec["strides"]
     return torch.empty_strided(sizes, strides, dtype=dtype, device=device).zero_()
@@ -137,6 +137,28 @@ def _is_float(parameter: Any) -> bool:
 
 
 _aten = torch.ops.aten
+_CLAMPS = {
+    getattr(_aten, name).default
+    for name in ("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_")
+}
+
+
+def _clamp(x: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
+    """Bounds are numbers, tensors of no dimension that promote as they do, or None."""
+    dtype = torch.result_type(x, 0.5)
+    x = x.to(dtype)
+    for bound, choose in ((low, torch.maximum), (high, torch.minimum)):
+        if isinstance(bound, torch.Tensor):
+            x = choose(x, bound.to(dtype))
+        elif bound is not None:
+            x = choose(x, torch.scalar_tensor(bound, dtype=dtype, device=x.device))
+    return x
+
+
+def _clamp_in_place(x: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
+    return x.copy_(_clamp(x, low, high))
+
+
 _SUB_AS_ADD = {
     _aten.sub.Tensor: _aten.add.Tensor,
     _aten.sub_.Tensor: _aten.add_.Tensor,
@@ -207,6 +229,7 @@ class _GraphBuilder:
                 keywords[parameter.name] = value
         self.refuse_overlapping_writes(schema, positional)
         op = self.without_symbolic_branches(op, keywords)
+        op = self.with_tensor_bounds(op, positional)
         self.rebase_as_strided(schema, positional)
         node = self.graph.call_function(op, tuple(positional), keywords)
         if any(r.alias_info for r in schema.returns) and op not in _VIEWS_AS_ANOTHER_DTYPE:
@@ -250,6 +273,17 @@ class _GraphBuilder:
             keywords["alpha"] = self.graph.call_function(operator.neg, (keywords["alpha"],))
             return _SUB_AS_ADD[op]
         return op
+
+    def with_tensor_bounds(self, op: Any, positional: list[Any]) -> Any:
+        """Bounds that are symbols are lost in Inductor: an integer's result stays one,
+        and a fused kernel names what is not declared (torch 2.11.0).
+        """
+        if op not in _CLAMPS or not any(isinstance(b, Node) for b in positional[1:]):
+            return op
+        inputs = {scalar: self.values[k] for k, scalar in self.scalars.items()}
+        low, high = (*(inputs.get(bound, bound) for bound in positional[1:]), None)[:2]
+        positional[1:] = (high, low) if "clamp_max" in op.__name__ else (low, high)
+        return _clamp_in_place if op._schema.is_mutable else _clamp
 
     def refuse_overlapping_writes(self, schema: Any, positional: list[Any]) -> None:
         """Functionalization computes every element of a list from what was there before:
