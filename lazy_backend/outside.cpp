@@ -5,8 +5,9 @@
 
 #include <functional>
 
-#include "lazy_backend/device.h"
 #include "lazy_backend/below_user_modes.h"
+#include "lazy_backend/device.h"
+#include "lazy_backend/other_layouts.h"
 #include "lazy_backend/session.h"
 #include "lazy_backend/step_recorder.h"
 
@@ -24,6 +25,14 @@ class Unlocked {
 };
 
 using Pair = Unwrapper::Pair;
+
+/// The same tensor, which says that its gradient is wanted.
+at::Tensor wanting_gradient(const at::Tensor& tensor) {
+  at::Tensor copy(tensor.unsafeGetTensorImpl()->shallow_copy_and_detach(
+      c10::VariableVersion(0), /*allow_tensor_metadata_change=*/true));
+  if (c10::isFloatingType(copy.scalar_type()) || copy.is_complex()) copy.set_requires_grad(true);
+  return copy;
+}
 
 /// Lazy tensors in place of those of the backing device.
 c10::IValue wrap_value(const c10::IValue& value, const std::vector<Pair>& arguments,
@@ -44,7 +53,11 @@ c10::IValue wrap_value(const c10::IValue& value, const std::vector<Pair>& argume
   }
   if (!value.isTensor() || !value.toTensor().defined()) return value;
   const at::Tensor& tensor = value.toTensor();
-  if (is_lazy(tensor)) return value;
+  if (is_lazy(tensor) || is_lazy_of_other_layout(tensor)) return value;
+  if (is_of_other_layout(tensor)) {
+    const bool wrapped = to_lazy && tensor.device() == backing_device_of(index);
+    return wrapped ? wrap_other_layout(tensor, index) : tensor;
+  }
   for (const auto* known : {&arguments, static_cast<const std::vector<Pair>*>(&results)}) {
     for (const Pair& pair : *known) {
       if (pair.backing.is_same(tensor)) return pair.lazy;
@@ -59,6 +72,9 @@ c10::IValue wrap_value(const c10::IValue& value, const std::vector<Pair>& argume
     }
   }
   if (!to_lazy || tensor.device() != backing_device_of(index)) return value;
+  if (auto storage = find_shared_storage(tensor.storage())) {
+    return wrap(std::move(storage), tensor);
+  }
   at::Tensor lazy = wrap_new(tensor, index);
   results.push_back({lazy, tensor});
   return lazy;
@@ -94,8 +110,21 @@ void Session::call_outside(const c10::OperatorHandle& op, const OpPolicy& how,
   leave(op, how, stack);
 }
 
+void Session::call_at_once(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  settle_others(call_arguments(op, *stack));
+  const std::lock_guard<SessionLock> guard(lock_);
+  // What is written lazily may lie in the memory that such a tensor is made of.
+  end_segment("a sparse or quantized tensor is used");
+  const size_t count = op.schema().arguments().size();
+  const std::vector<c10::IValue> arguments(stack->end() - static_cast<std::ptrdiff_t>(count),
+                                           stack->end());
+  leave(op, policy(op), stack, /*at_once=*/true);
+  visit_tensors(arguments, note_shared_storage);
+  visit_tensors(torch::jit::last(*stack, op.schema().returns().size()), note_shared_storage);
+}
+
 void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
-                    torch::jit::Stack* stack) {
+                    torch::jit::Stack* stack, bool at_once) {
   const auto arguments = call_arguments(op, *stack);
   const size_t count = arguments.size();
   c10::DeviceIndex index = 0;
@@ -113,6 +142,10 @@ void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
         std::find(how.writes.begin(), how.writes.end(), static_cast<uint8_t>(k)) !=
         how.writes.end();
     visit_tensors(arguments.slice(k, 1), [&](const at::Tensor& tensor) {
+      if (is_lazy_of_other_layout(tensor) && !explicit_device) {
+        to_lazy = true;
+        index = tensor.device().index();
+      }
       if (!is_lazy(tensor)) return;
       detach_from_segment(lazy_storage(tensor), writes,
                           writes ? "an op outside the trace writes a tensor"
@@ -126,7 +159,15 @@ void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
   Unwrapper unwrap_argument;
   std::vector<Pair> made;
   torch::jit::Stack backing;
-  for (const c10::IValue& value : arguments) backing.push_back(unwrap_argument(value));
+  for (size_t k = 0; k < count; ++k) {
+    const c10::IValue& value = arguments[k];
+    backing.push_back(unwrap_argument(value));
+    // Kernels of sparse ops save what a gradient needs where they see that one is wanted.
+    const bool wants_gradient =
+        value.isTensor() && value.toTensor().defined() && value.toTensor().requires_grad() &&
+        at_once && std::find(how.writes.begin(), how.writes.end(), k) == how.writes.end();
+    if (wants_gradient) backing.back() = wanting_gradient(backing.back().toTensor());
+  }
   {
     const Unlocked unlocked(lock_);
     const BelowUserModes below;
@@ -137,6 +178,9 @@ void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
     lazy_storage(pair.lazy)->set_backing(pair.backing.storage());
     take_geometry(pair.backing, pair.lazy);
   }
+  visit_tensors(arguments, [](const at::Tensor& tensor) {
+    if (is_lazy_of_other_layout(tensor)) refresh_other_layout(tensor);
+  });
   const auto& returns = how.returns_argument;
   c10::SmallVector<c10::IValue, 4> results;
   for (size_t k = 0; k < backing.size(); ++k) {

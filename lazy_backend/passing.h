@@ -17,6 +17,7 @@
 
 #include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
+#include "lazy_backend/other_layouts.h"
 #include "lazy_backend/storage.h"
 
 namespace reprise {
@@ -40,13 +41,14 @@ class Passing {
     possible_ = possible_ && index == index_ && storage->pending_in() == nullptr &&
                 storage->error() == nullptr && storage->backing();
     if (!possible_) return tensor;
-    // Ops compare the identity of arguments: one that comes again is the same again.
+    const at::Tensor& made = storage->made();
+    bool same = made.defined() && made.dtype() == tensor.dtype() && same_geometry(made, tensor);
+    // Ops compare the identity of arguments: one that comes again is the same again, and
+    // two that are alike are two.
     for (const Pair& pair : pairs_) {
       if (pair.lazy == tensor.unsafeGetTensorImpl()) return pair.backing;
+      same = same && !pair.backing.is_same(made);
     }
-    const at::Tensor& made = storage->made();
-    const bool same = made.defined() && made.dtype() == tensor.dtype() &&
-                      same_geometry(made, tensor);
     pairs_.push_back({tensor.unsafeGetTensorImpl(), same ? made : unwrap(tensor)});
     return pairs_.back().backing;
   }
@@ -74,6 +76,9 @@ class Passing {
   /// A result as a lazy tensor.
   at::Tensor wrapped(at::Tensor result, bool several = false) {
     if (!result.defined()) return result;
+    if (C10_UNLIKELY(is_of_other_layout(result))) {
+      return wrap_other_layout(result, std::max<c10::DeviceIndex>(index_, 0));
+    }
     for (const Pair& pair : pairs_) {
       if (pair.backing.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl() !=
           result.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl()) {

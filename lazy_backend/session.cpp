@@ -295,14 +295,17 @@ void Session::pause(uint64_t ops) {
 // ---------------------------------------------------------------------------
 // One call
 
-void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const auto arguments = call_arguments(op, *stack);
-  // What other sessions owe us comes first, while we hold no lock.
+void Session::settle_others(c10::ArrayRef<c10::IValue> arguments) {
   visit_tensors(arguments, [&](const at::Tensor& tensor) {
     if (!is_lazy(tensor)) return;
     Session* owner = lazy_storage(tensor)->pending_in();
     if (owner != nullptr && owner != this) settle(lazy_storage(tensor));
   });
+}
+
+void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto arguments = call_arguments(op, *stack);
+  settle_others(arguments);
 
   const std::lock_guard<SessionLock> guard(lock_);
   const OpPolicy& how = policy(op);

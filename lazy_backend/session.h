@@ -41,6 +41,8 @@ class Session {
   /// Captures one call; arguments and results are on the stack, as the
   /// dispatcher has them.
   void call(const c10::OperatorHandle& op, torch::jit::Stack* stack);
+  /// Completes what is pending and runs the call: see other_layouts.h.
+  void call_at_once(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 
   /// Ends the segment and launches all that is pending.
   void mark_step(const char* reason);
@@ -125,6 +127,8 @@ class Session {
   }
   void stop_recording(uint64_t ops, const char* reason);
 
+  /// What other sessions owe these arguments. While no lock is held.
+  void settle_others(c10::ArrayRef<c10::IValue> arguments);
   void call_outside(const c10::OperatorHandle& op, const OpPolicy& policy,
                     torch::jit::Stack* stack);
   void metadata(const c10::OperatorHandle& op, torch::jit::Stack* stack);
@@ -132,7 +136,8 @@ class Session {
   void set_storage(const c10::OperatorHandle& op, torch::jit::Stack* stack);
   void allocate(const c10::OperatorHandle& op, const OpPolicy& policy,
                 torch::jit::Stack* stack);
-  void leave(const c10::OperatorHandle& op, const OpPolicy& policy, torch::jit::Stack* stack);
+  void leave(const c10::OperatorHandle& op, const OpPolicy& policy, torch::jit::Stack* stack,
+             bool at_once = false);
   void host_write(const at::Tensor& destination, const at::Tensor& source, bool non_blocking);
   /// What `storage` holds is in its backing and no part of the segment will
   /// write it (nor, where `to_write`, reads it) later.

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "lazy_backend/device.h"
+#include "lazy_backend/other_layouts.h"
 
 namespace reprise {
 namespace {
@@ -180,11 +181,12 @@ Result StepRecorder::give(c10::IValue& value, int again) {
     }
   }
   const c10::Device backing = backing_device_of(step_->device_index);
-  if (tensor.device() != backing || tensor.layout() != c10::kStrided) {
+  if (tensor.device() != backing || is_of_other_layout(tensor)) {
     traceable_ = false;
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        tensor.layout() == c10::kStrided, "reprise: ", step_->op.operator_name(), " returns a ",
-        tensor.layout(), " tensor, and lazy tensors are strided: compute it on ", backing);
+    if (tensor.device() == backing) {
+      for (const Unwrapped& each : tensors_) note_shared_storage(each.lazy);
+      value = wrap_other_layout(tensor, step_->device_index);
+    }
     return result;
   }
   for (const Unwrapped& each : tensors_) {
@@ -258,6 +260,7 @@ bool holds_lists(const c10::IValue& list) {
 c10::IValue Unwrapper::operator()(const c10::IValue& value) {
   if (value.isTensor()) {
     const at::Tensor& lazy = value.toTensor();
+    if (is_lazy_of_other_layout(lazy)) return unwrap_other_layout(lazy);
     if (!is_lazy(lazy)) return value;
     for (const Pair& pair : pairs_) {
       if (pair.lazy.is_same(lazy)) return pair.backing;

@@ -3,6 +3,7 @@
 #include <c10/core/TensorImpl.h>
 
 #include "lazy_backend/device.h"
+#include "lazy_backend/other_layouts.h"
 
 namespace reprise {
 namespace {
@@ -152,10 +153,9 @@ at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like,
 }
 
 at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index, bool keep) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      backing_tensor.layout() == c10::kStrided && !backing_tensor.is_quantized(),
-      "reprise: lazy tensors are strided; an op returned a ", backing_tensor.layout(),
-      " tensor: compute it on ", backing_tensor.device(), " instead");
+  if (C10_UNLIKELY(is_of_other_layout(backing_tensor))) {
+    return wrap_other_layout(backing_tensor, index);
+  }
   auto storage =
       c10::make_intrusive<LazyStorage>(backing_tensor.storage().nbytes(), index);
   storage->set_backing(backing_tensor.storage());

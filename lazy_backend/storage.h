@@ -102,7 +102,7 @@ class LazyStorage final : public c10::StorageImpl {
 };
 
 inline bool is_lazy(const c10::TensorImpl* tensor) {
-  return tensor->key_set().has_backend(c10::BackendComponent::LazyBit);
+  return tensor->key_set().has(c10::DispatchKey::Lazy);  // see other_layouts.h for others
 }
 inline bool is_lazy(const at::Tensor& tensor) {
   return tensor.defined() && is_lazy(tensor.unsafeGetTensorImpl());
@@ -136,7 +136,8 @@ at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like)
 at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like,
                 c10::DispatchKeySet keys);
 
-/// As above over a new storage whose backing is that of `backing_tensor`, which it may keep.
+/// As above over a new storage whose backing is that of `backing_tensor`, which it may
+/// keep; where that is sparse or quantized, a lazy tensor that stands for it.
 at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index, bool keep = false);
 
 }  // namespace reprise
