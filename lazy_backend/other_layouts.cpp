@@ -7,7 +7,9 @@
 #include <mutex>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 
+#include "lazy_backend/device.h"
 #include "lazy_backend/session.h"
 #include "lazy_backend/storage.h"
 
@@ -167,9 +169,13 @@ TORCH_LIBRARY_IMPL(_, QuantizedLazy, m) {
 
 struct Registration {
   Registration() {
-    register_for(DispatchKey::SparseLazy, DispatchKey::SparseCPU);
-    register_for(DispatchKey::SparseCsrLazy, DispatchKey::SparseCsrCPU);
-    register_for(DispatchKey::QuantizedLazy, DispatchKey::QuantizedCPU);
+    const bool cuda = backing_device_of(0).is_cuda();
+    register_for(DispatchKey::SparseLazy,
+                 cuda ? DispatchKey::SparseCUDA : DispatchKey::SparseCPU);
+    register_for(DispatchKey::SparseCsrLazy,
+                 cuda ? DispatchKey::SparseCsrCUDA : DispatchKey::SparseCsrCPU);
+    register_for(DispatchKey::QuantizedLazy,
+                 cuda ? DispatchKey::QuantizedCUDA : DispatchKey::QuantizedCPU);
   }
 };
 const Registration registration;
@@ -186,8 +192,11 @@ at::Tensor wrap_other_layout(const at::Tensor& backing_tensor, c10::DeviceIndex 
           is_compressed(backing_tensor.layout()),
       "reprise: an op returned a ", backing_tensor.layout(), " tensor: compute it on ",
       backing_tensor.device(), " instead");
-  return at::Tensor(
-      c10::make_intrusive<StandingFor>(key_for(backing_tensor), backing_tensor, index));
+  // An op may return its argument, which said that its gradient is wanted.
+  at::Tensor plain =
+      backing_tensor.requires_grad() ? backing_tensor.variable_data() : backing_tensor;
+  const DispatchKey key = key_for(plain);
+  return at::Tensor(c10::make_intrusive<StandingFor>(key, std::move(plain), index));
 }
 
 at::Tensor unwrap_other_layout(const at::Tensor& lazy) {
