@@ -103,7 +103,7 @@ class Passing {
   std::tuple<Results...> wrapped(std::tuple<Results...> results) {
     return std::apply(
         [this](auto&&... each) {
-          return std::tuple<Results...>{wrapped(std::move(each), true)...};  // braces: in this order
+          return std::tuple<Results...>{this->wrapped(std::move(each), true)...};  // braces: in this order
         },
         std::move(results));
   }
