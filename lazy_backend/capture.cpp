@@ -14,6 +14,25 @@ void capture_boxed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Session::current().call(op, stack);
 }
 
+std::vector<std::string> ops_with_rival_kernels(c10::DispatchKey backing) {
+  using c10::DispatchKey;
+  constexpr std::string_view kPrefix = "aten::";
+  auto& dispatcher = c10::Dispatcher::singleton();
+  std::vector<std::string> names;
+  for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
+    if (!name.name.starts_with(kPrefix)) continue;
+    const auto op = dispatcher.findOp(name);
+    if (!op || !op->hasSchema()) continue;
+    const bool rival = op->hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd) ||
+                       (op->hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) &&
+                        op->hasKernelForDispatchKey(backing));
+    if (!rival) continue;
+    names.push_back(name.name.substr(kPrefix.size()));
+    if (!name.overload_name.empty()) names.back() += "." + name.overload_name;
+  }
+  return names;
+}
+
 namespace {
 
 /// `set_data`, and with it `Module::to`, asks whether a tensor's implementation
@@ -22,17 +41,6 @@ bool has_compatible_shallow_copy_type(const at::Tensor&, const at::Tensor&) { re
 
 TORCH_LIBRARY_IMPL(_, Lazy, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&capture_boxed>());
-}
-
-/// The dispatcher would choose a composite kernel of the op before the fallback: its
-/// pieces would be captured, where eager runs the backing device's own kernel.
-bool has_rival_kernel(const c10::OperatorHandle& op) {
-  using c10::DispatchKey;
-  if (op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd)) return true;
-  const DispatchKey backing =
-      backing_device_of(0).is_cuda() ? DispatchKey::CUDA : DispatchKey::CPU;
-  return op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) &&
-         op.hasKernelForDispatchKey(backing);
 }
 
 /// Runs when the library is loaded, after libtorch has registered its ops.
@@ -44,16 +52,11 @@ struct Registration {
     std::unordered_set<std::string> taken{"_has_compatible_shallow_copy_type"};
     for (std::string& name : register_hot_ops()) taken.insert(std::move(name));
 
-    auto& dispatcher = c10::Dispatcher::singleton();
-    constexpr std::string_view kPrefix = "aten::";
-    for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
-      if (!name.name.starts_with(kPrefix)) continue;
-      const auto op = dispatcher.findOp(name);
-      if (!op || !op->hasSchema() || !has_rival_kernel(*op)) continue;
-      std::string full = name.name.substr(kPrefix.size());
-      if (!name.overload_name.empty()) full += "." + name.overload_name;
-      if (taken.contains(full)) continue;
-      library->impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&capture_boxed>());
+    const auto backing =
+        backing_device_of(0).is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
+    for (const std::string& name : ops_with_rival_kernels(backing)) {
+      if (taken.contains(name)) continue;
+      library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&capture_boxed>());
     }
   }
 };

@@ -5,10 +5,11 @@
 
 #include <atomic>
 #include <mutex>
-#include <string_view>
+#include <string>
 #include <unordered_map>
 #include <utility>
 
+#include "lazy_backend/capture.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/session.h"
 #include "lazy_backend/storage.h"
@@ -137,23 +138,10 @@ void call_at_once(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Session::current().call_at_once(op, stack);
 }
 
-/// Composite kernels would be chosen before a fallback.
 void register_for(DispatchKey key, DispatchKey backing) {
   auto* library = new torch::Library(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
-  constexpr std::string_view kPrefix = "aten::";
-  auto& dispatcher = c10::Dispatcher::singleton();
-  for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
-    if (!name.name.starts_with(kPrefix)) continue;
-    const auto op = dispatcher.findOp(name);
-    if (!op || !op->hasSchema()) continue;
-    const bool rival =
-        op->hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd) ||
-        (op->hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) &&
-         op->hasKernelForDispatchKey(backing));
-    if (!rival) continue;
-    std::string full = name.name.substr(kPrefix.size());
-    if (!name.overload_name.empty()) full += "." + name.overload_name;
-    library->impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&call_at_once>());
+  for (const std::string& name : ops_with_rival_kernels(backing)) {
+    library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&call_at_once>());
   }
 }
 
