@@ -155,10 +155,13 @@ std::vector<uint32_t> last_uses(const std::vector<StepPtr>& steps, size_t slots)
   return last;
 }
 
-void run_steps(const std::vector<StepPtr>& steps, const std::vector<bool>& is_created,
-               const ScalarValues& scalars, std::vector<c10::Storage>& storages,
-               std::vector<at::Tensor>& random, const OnMade& created, const OnMade& written) {
+void run_steps(const std::vector<StepPtr>& steps, const ScalarValues& scalars,
+               std::vector<c10::Storage>& storages, std::vector<at::Tensor>& random,
+               const OnMade& created, const OnMade& written) {
   const auto last = last_uses(steps, storages.size());
+  std::vector<bool> is_created(storages.size());
+  std::transform(storages.begin(), storages.end(), is_created.begin(),
+                 [](const c10::Storage& storage) { return !storage; });
   ArgumentBuilder arguments(storages, scalars);
   torch::jit::Stack stack, held;
   size_t next_random = 0;
@@ -215,13 +218,11 @@ void run_steps(const std::vector<StepPtr>& steps, const std::vector<bool>& is_cr
 
 void interpret(const std::vector<StepPtr>& steps, Segment& segment) {
   std::vector<c10::Storage> storages(segment.size());
-  std::vector<bool> is_created(segment.size());
   for (uint32_t slot = 0; slot < segment.size(); ++slot) {
-    is_created[slot] = segment.is_created(slot);
-    if (!is_created[slot]) storages[slot] = segment.at(slot)->backing();
+    if (!segment.is_created(slot)) storages[slot] = segment.at(slot)->backing();
   }
   try {
-    run_steps(steps, is_created, segment.scalars, storages, segment.random,
+    run_steps(steps, segment.scalars, storages, segment.random,
               [&](const Step&, uint32_t slot, const at::Tensor& tensor) {
                 if (auto lazy = segment.lock(slot)) lazy->set_backing(tensor.storage());
               });

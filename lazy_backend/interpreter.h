@@ -24,13 +24,12 @@ void interpret(const std::vector<StepPtr>& steps, Segment& segment);
 using OnMade = std::function<void(const Step& step, uint32_t slot, const at::Tensor& tensor)>;
 
 /// As `interpret`, on storages that no segment need have: `storages`, by slot, holds those
-/// of inputs, which may be written, and is where created ones live as long as a step uses
-/// them. `is_created` tells which are, by slot. `random` holds what the random steps drew,
-/// in order, and is used up. `written` may be null.
-void run_steps(const std::vector<StepPtr>& steps, const std::vector<bool>& is_created,
-               const ScalarValues& scalars, std::vector<c10::Storage>& storages,
-               std::vector<at::Tensor>& random, const OnMade& created,
-               const OnMade& written = nullptr);
+/// of inputs, which may be written; those of created slots are null, and are there as long
+/// as a step uses them. `random` holds what the random steps drew, in order, and is used
+/// up. `written` may be null.
+void run_steps(const std::vector<StepPtr>& steps, const ScalarValues& scalars,
+               std::vector<c10::Storage>& storages, std::vector<at::Tensor>& random,
+               const OnMade& created, const OnMade& written = nullptr);
 
 /// The numbers that a random step makes for its geometry, in a tensor of their own.
 at::Tensor draw(const Step& step);

@@ -179,7 +179,7 @@ ProgramCheck::ProgramCheck(Program& program, Segment& segment)
   try {
     take_interpreters(segment);
     if (differing(/*with_noise=*/false) == nullptr) {
-      decided_ = true;
+      decide("");
     } else {
       keep(segment);
     }
@@ -196,7 +196,7 @@ void ProgramCheck::run_disturbed() {
     measure_noise();
     const Value* value = differing(/*with_noise=*/true);
     if (value == nullptr) {
-      decided_ = true;
+      decide("");
     } else if (++runs_ == kRuns) {
       decide(c10::str("its first run differed from the interpreter's: ",
                       value->written_input ? "the written input in slot " : "the output in slot ",
@@ -284,20 +284,18 @@ void ProgramCheck::keep(const Segment& segment) {
   size_t nbytes = 0;
   for (const Value& value : values_) nbytes += Scratch::needs(value.interpreter.nbytes());
   inputs_.resize(slots);
-  created_.resize(slots);
   for (const Value& value : values_) {
     if (value.written_input) inputs_[value.slot] = value.before;
   }
   for (uint32_t slot = 0; slot < slots; ++slot) {
-    created_[slot] = segment.is_created(slot);
-    if (created_[slot]) continue;
+    if (segment.is_created(slot)) continue;
     const size_t size = Scratch::needs(segment.at(slot)->backing().nbytes());
     working_bytes_ += size;
     if (!inputs_[slot].defined()) nbytes += size;
   }
   kept_ = std::make_unique<Scratch>(nbytes);
   for (uint32_t slot = 0; slot < slots; ++slot) {
-    if (!created_[slot] && !inputs_[slot].defined()) {
+    if (!segment.is_created(slot) && !inputs_[slot].defined()) {
       inputs_[slot] = kept_->park(input(slot, segment));
     }
   }
@@ -315,7 +313,7 @@ void ProgramCheck::measure_noise() {
   Scratch scratch(working_bytes_);
   std::vector<c10::Storage> storages(inputs_.size());
   for (size_t slot = 0; slot < inputs_.size(); ++slot) {
-    if (created_[slot]) continue;
+    if (!inputs_[slot].defined()) continue;
     const at::Tensor copy = scratch.park(inputs_[slot]).to(device);
     disturb(copy, seed_ += kApart);
     storages[slot] = copy.storage();
@@ -329,7 +327,7 @@ void ProgramCheck::measure_noise() {
     if (leaves_uninitialized(step)) return;
     largest_ = std::max(largest_, disturb(tensor, seed_ += kApart));
   };
-  run_steps(program_.steps, created_, scalars_, storages, random,
+  run_steps(program_.steps, scalars_, storages, random,
             [&](const Step& step, uint32_t slot, const at::Tensor& tensor) {
               disturb_made(step, slot, tensor);
               if (const auto wanted = results.find(slot); wanted != results.end()) {

@@ -59,10 +59,9 @@ class ProgramCheck {
   bool decided_ = false;
   std::string problem_;
 
-  // For the disturbed runs; by slot where there is one for each.
+  // For the disturbed runs.
   std::unique_ptr<Scratch> kept_;
-  std::vector<at::Tensor> inputs_;  ///< as they were before the segment
-  std::vector<bool> created_;
+  std::vector<at::Tensor> inputs_;  ///< by slot, as they were before the segment
   std::vector<at::Tensor> random_;  ///< what the random steps drew
   ScalarValues scalars_;
   size_t working_bytes_ = 0;

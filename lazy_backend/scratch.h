@@ -23,8 +23,8 @@ class Scratch {
   static size_t needs(size_t nbytes) { return (nbytes + 63) / 64 * 64; }
   size_t nbytes() const { return size_; }
 
-  /// A copy of a tensor's elements, with its own strides where it is dense, else contiguous. It must not
-  /// outlive the memory, but where that is full.
+  /// A copy of a tensor's elements, with its own strides where it is dense, contiguous
+  /// elsewhere. It must not outlive the memory, but where that is full.
   at::Tensor park(const at::Tensor& tensor);
 
  private:
