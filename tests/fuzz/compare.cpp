@@ -183,6 +183,15 @@ std::optional<std::string> difference_step_by_step(const Program& program) {
 
 }  // namespace
 
+void set_up_process() {
+  struct Silence : c10::WarningHandler {
+    void process(const c10::Warning&) override {}
+  };
+  static Silence silence;
+  c10::WarningUtils::set_warning_handler(&silence);
+  torch::set_num_threads(1);
+}
+
 std::optional<std::string> difference_when_interpreted(const Program& program) {
   begin(/*compile=*/false);
   if (auto found = difference_step_by_step(program)) return found;

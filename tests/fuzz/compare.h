@@ -10,6 +10,10 @@
 
 namespace reprise::fuzz {
 
+/// One thread, and without libtorch's own warnings, which are eager's as well. For the
+/// whole process.
+void set_up_process();
+
 /// Runs `program` for all its times, recorded first and verified and interpreted where
 /// it repeats. Every value, its geometry, what was read and every error must be
 /// eager's, to the last bit. Returns the first difference.

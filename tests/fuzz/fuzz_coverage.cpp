@@ -5,22 +5,11 @@
 #include <cstdlib>
 #include <iostream>
 
-#include "reprise/reprise.h"
 #include "tests/fuzz/compare.h"
 #include "tests/fuzz/machine.h"
 
-namespace {
-
-struct Silence : c10::WarningHandler {
-  void process(const c10::Warning&) override {}
-};
-
-}  // namespace
-
 extern "C" int LLVMFuzzerInitialize(int*, char***) {
-  static Silence silence;
-  c10::WarningUtils::set_warning_handler(&silence);
-  torch::set_num_threads(1);
+  reprise::fuzz::set_up_process();
   return 0;
 }
 

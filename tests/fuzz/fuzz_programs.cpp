@@ -188,15 +188,8 @@ class Fuzzer {
 
 }  // namespace
 
-/// Libtorch's own warnings are eager's as well.
-struct Silence : c10::WarningHandler {
-  void process(const c10::Warning&) override {}
-};
-
 int main(int argc, char** argv) {
-  torch::set_num_threads(1);
-  Silence silence;
-  c10::WarningUtils::set_warning_handler(&silence);
+  set_up_process();
   for (const int signal : {SIGSEGV, SIGABRT, SIGFPE, SIGBUS}) std::signal(signal, on_crash);
   try {
     return Fuzzer(parse(argc, argv)).run();
