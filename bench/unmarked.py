@@ -92,11 +92,11 @@ def measure(name, options, arguments, folder):
 
     eager = once("eager", arguments.eager)
     interpreted = once("interpreted", "lazy", environment={"REPRISE_COMPILE": "0"})
-    # The cold run goes on until its programs are there, for the warm one to load.
-    cold = once("cold", "lazy", ["--steps", str(arguments.cold_steps(eager))], cache)
-    eager_long = once("eager_long", arguments.eager, ["--steps", str(arguments.cold_steps(eager))])
-    once("marked_cold", "lazy", ["--mark-steps", "--steps",
-                                 str(arguments.cold_steps(eager))], cache)  # fmt: skip
+    # The cold runs go on until their programs are there, for the warm ones to load.
+    long = ["--steps", str(arguments.cold_steps(eager))]
+    cold = once("cold", "lazy", long, cache)
+    eager_long = once("eager_long", arguments.eager, long)
+    once("marked_cold", "lazy", ["--mark-steps", *long], cache)
     # In turns: what slows the machine for a while slows all three.
     rounds = [
         (
