@@ -21,6 +21,7 @@
 #include "lazy_backend/json_text.h"
 #include "lazy_backend/log.h"
 #include "lazy_backend/metrics.h"
+#include "lazy_backend/shape_inference.h"
 #include "reprise/options.h"
 
 namespace reprise {
@@ -173,6 +174,8 @@ bool CompileQueue::open_compiler(std::string* problem) {
                ",\"cache_dir\":", json_text(ArtifactStore::get().folder() + "/inductor"),
                ",\"toolchain_dir\":", json_text(folder + "/reprise/toolchain"),
                ",\"compile_seconds\":", json_text(std::to_string(options().compile_seconds)), "}");
+  // Python's torch is about to put its own meta kernels in place of libtorch's.
+  keep_meta_kernels();
   char* error = nullptr;
   if (library.initialize(settings.c_str(), &error) != 0) {
     return give_up(c10::str("the Python '", python, "' cannot compile: ", take(error),
@@ -204,6 +207,7 @@ void CompileQueue::finish(Program& program, std::string problem) {
 
 void CompileQueue::process(Program& program) {
   RECORD_FUNCTION("reprise::compile", std::vector<c10::IValue>());
+  if (!program.other_sizes.empty()) return process_all_sizes(program);
   const std::string trace = write_trace(program);
   const std::string key = ArtifactStore::get().key(trace);
   if (const char* folder = std::getenv("REPRISE_DUMP_TRACES")) {
@@ -216,46 +220,98 @@ void CompileQueue::process(Program& program) {
 
   std::optional<SplitTrace> split;
   ProgramFamilies::Family* family = nullptr;
-  if (options().dynamic_shapes) {
-    family = &families_.of(split.emplace(trace));
-    family->note(split->integers);
-  }
+  if (options().dynamic_shapes) family = &note(split.emplace(trace));
   if (auto runner = load(key)) {
     program.runner = std::move(runner);
     program.from_store = true;
     return finish(program, "");
   }
-  if (family != nullptr && share(program, *split, *family)) return finish(program, "");
+  if (family != nullptr && serve_or_compile(program, *split, *family)) return finish(program, "");
 
   std::string problem;
   program.runner = compile(program, trace, key, &problem);
   finish(program, program.runner == nullptr ? problem : "");
 }
 
-bool CompileQueue::share(Program& program, const SplitTrace& split,
-                         ProgramFamilies::Family& family) {
-  const auto serve = [&] {
-    auto serving = family.serving(split.integers);
-    if (!serving) return false;
-    program.runner = std::move(serving->runner);
-    program.symbols = std::move(serving->symbols);
-    for (const int64_t number : serving->numbers) {
-      ProgramInput input;
-      input.kind = ProgramInput::Kind::kNumber;
-      input.geometry.rank = 1;
-      input.geometry.dtype = c10::kByte;
-      input.geometry.dims = {number, 0};
-      program.inputs.push_back(std::move(input));
-    }
-    return true;
-  };
-  if (serve()) {
-    metrics().programs_shared.add(1);
-    return true;
+void CompileQueue::process_all_sizes(Program& program) {
+  for (std::vector<StepPtr>& steps : program.other_sizes) {
+    Program other;
+    other.steps = std::move(steps);
+    other.live = program.live;
+    other.device_index = program.device_index;
+    note(SplitTrace(write_trace(other)));
   }
-  auto general = family.generalise(split.integers);
-  if (!general) return false;
-  program.reason = family.differences(split.integers);
+  program.other_sizes.clear();
+  const SplitTrace split(write_trace(program));
+  if (serve_or_compile(program, split, note(split))) return finish(program, "");
+  // Each size can still have a program of its own.
+  program.problem = program.reason;
+  program.state.store(Program::State::kFailed, std::memory_order_release);
+}
+
+ProgramFamilies::Family& CompileQueue::note(const SplitTrace& split) {
+  const std::lock_guard lock(families_mutex_);
+  ProgramFamilies::Family& family = families_.of(split);
+  family.note(split.integers);
+  return family;
+}
+
+bool CompileQueue::serve(Program& program, const SplitTrace& split,
+                         const ProgramFamilies::Family& family) {
+  auto serving = family.serving(split.integers);
+  if (!serving) return false;
+  program.runner = std::move(serving->runner);
+  program.shared = std::move(serving->shared);
+  program.symbols = std::move(serving->symbols);
+  for (const int64_t number : serving->numbers) {
+    ProgramInput input;
+    input.kind = ProgramInput::Kind::kNumber;
+    input.geometry.rank = 1;
+    input.geometry.dtype = c10::kByte;
+    input.geometry.dims = {number, 0};
+    program.inputs.push_back(std::move(input));
+  }
+  return true;
+}
+
+bool CompileQueue::share(Program& program) try {
+  const SplitTrace split(write_trace(program));
+  {
+    const std::lock_guard lock(families_mutex_);
+    const ProgramFamilies::Family* family = families_.find(split);
+    if (family == nullptr || !serve(program, split, *family)) {
+      REPRISE_LOG(1, program.name, ": not served by the program of other sizes: ",
+                  family == nullptr ? "it differs from them in more than integers"
+                                    : family->differences(split.integers));
+      return false;
+    }
+  }
+  metrics().programs_shared.add(1);
+  program.state.store(Program::State::kReady, std::memory_order_release);
+  return true;
+} catch (const std::exception& error) {
+  REPRISE_LOG(1, program.name, ": ", error.what());
+  return false;
+}
+
+bool CompileQueue::serve_or_compile(Program& program, const SplitTrace& split,
+                                    ProgramFamilies::Family& family) {
+  std::optional<GeneralTrace> general;
+  {
+    const std::lock_guard lock(families_mutex_);
+    if (serve(program, split, family)) {
+      metrics().programs_shared.add(1);
+      return true;
+    }
+    std::string problem;
+    general = family.generalise(split.integers, problem);
+    if (!general) {
+      program.reason = problem;
+      if (!problem.empty()) REPRISE_LOG(1, program.name, ": no program over symbols: ", problem);
+      return false;
+    }
+    program.reason = family.differences(split.integers);
+  }
   REPRISE_LOG(1, program.name, ": ", program.reason, "; a program over ",
               general->symbol_count(), " symbols (", general->symbols_text(), ") is compiled");
   const std::string key = ArtifactStore::get().key(general->text());
@@ -266,8 +322,9 @@ bool CompileQueue::share(Program& program, const SplitTrace& split,
     if (runner == nullptr) runner = compile(program, general->text(), key, &problem);
     if (runner != nullptr) {
       auto guards = read_guards(ArtifactStore::get().path(key));
+      const std::lock_guard lock(families_mutex_);
       family.add({std::move(*general), std::move(guards), std::move(runner)});
-      if (serve()) return true;
+      if (serve(program, split, family)) return true;
       problem = "the compiler took for granted what does not hold for this trace";
     }
   } catch (const std::exception& error) {

@@ -26,6 +26,11 @@ class CompileQueue {
   /// Takes a program; its state changes when it is done. From any thread.
   void push(std::shared_ptr<Program> program);
 
+  /// Makes the program ready with one over symbols that is there already. Returns false, and
+  /// leaves it as it was but for its inputs and outputs, where none serves it. From any
+  /// thread.
+  bool share(Program& program);
+
   /// Something is being recorded: a compile will come. Begins the imports, which
   /// take seconds, unless earlier runs have filled the artifact store.
   void warm_up() {
@@ -44,14 +49,20 @@ class CompileQueue {
   void start_thread();
   void run();
   void process(Program& program);
+  void process_all_sizes(Program& program);
   /// A program from the store, or null.
   std::shared_ptr<Runner> load(const std::string& key);
   /// Compiles a trace into the store and loads it; null, with the reason, where that fails.
   /// The program is the one that is asked for, and gets the time that it took.
   std::shared_ptr<Runner> compile(Program& program, const std::string& trace,
                                   const std::string& key, std::string* problem);
-  /// Serves the program by one over symbols, compiled now where that is worth it.
-  bool share(Program& program, const SplitTrace& trace, ProgramFamilies::Family& family);
+  /// The family of a trace, which is now one of its members.
+  ProgramFamilies::Family& note(const SplitTrace& trace);
+  /// Serves the program by one over symbols that is there.
+  static bool serve(Program& program, const SplitTrace& trace,
+                    const ProgramFamilies::Family& family);
+  /// As above, compiled now where that is worth it.
+  bool serve_or_compile(Program& program, const SplitTrace& trace, ProgramFamilies::Family& family);
   void finish(Program& program, std::string problem);
   bool open_compiler(std::string* problem);
 
@@ -63,9 +74,11 @@ class CompileQueue {
   bool busy_ = false;
   std::atomic<bool> warm_{false};
 
+  std::mutex families_mutex_;  ///< held for moments, never during a compile
+  ProgramFamilies families_;
+
   // The queue's thread only.
   std::unordered_map<std::string, std::weak_ptr<Runner>> loaded_;
-  ProgramFamilies families_;
   enum class Compiler { kClosed, kOpen, kUnusable } compiler_ = Compiler::kClosed;
   std::string compiler_problem_;
 };

@@ -18,6 +18,7 @@ const Expression* ProgramFamilies::General::broken_guard(
 std::optional<ProgramFamilies::Family::Serving> ProgramFamilies::Family::serving(
     const std::vector<int64_t>& integers) const {
   for (auto program = programs_.rbegin(); program != programs_.rend(); ++program) {
+    if (program->shared->wrong) continue;
     const auto symbols = program->trace.symbols_of(integers);
     if (!symbols || program->broken_guard(*symbols) != nullptr) continue;
     std::string text;
@@ -25,7 +26,7 @@ std::optional<ProgramFamilies::Family::Serving> ProgramFamilies::Family::serving
       text += c10::str(k == 0 ? "" : ", ", "s", k, " = ", (*symbols)[k]);
     }
     const auto numbers = static_cast<std::ptrdiff_t>(program->trace.number_count());
-    return Serving{program->runner, text + " (" + program->trace.symbols_text() + ")",
+    return Serving{program->runner, program->shared, text + " (" + program->trace.symbols_text() + ")",
                    {symbols->end() - numbers, symbols->end()}};
   }
   return std::nullopt;
@@ -38,12 +39,19 @@ void ProgramFamilies::Family::note(const std::vector<int64_t>& integers) {
 }
 
 std::optional<GeneralTrace> ProgramFamilies::Family::generalise(
-    const std::vector<int64_t>& integers) {
-  if (members_.size() < 2 || tried_ == kMostPrograms) return std::nullopt;
-  auto general = GeneralTrace::make(like_, members_);
-  // The new one may be left out for a size of 0 or 1.
-  if (!general || !general->symbols_of(integers)) return std::nullopt;
-  ++tried_;
+    const std::vector<int64_t>& integers, std::string& problem) {
+  problem.clear();
+  if (members_.size() < 2) return std::nullopt;  // the first size
+  if (tried_ == kMostPrograms) {
+    problem = c10::str("no more than ", kMostPrograms, " programs over symbols are tried");
+    return std::nullopt;
+  }
+  auto general = GeneralTrace::make(like_, members_, &problem);
+  if (general && !general->symbols_of(integers)) {
+    problem = "sizes of 0 and 1 have programs of their own";
+    return std::nullopt;
+  }
+  if (general) ++tried_;
   return general;
 }
 
@@ -73,6 +81,11 @@ std::string ProgramFamilies::Family::differences(const std::vector<int64_t>& int
 
 ProgramFamilies::Family& ProgramFamilies::of(const SplitTrace& trace) {
   return families_.try_emplace(trace.skeleton(), trace).first->second;
+}
+
+const ProgramFamilies::Family* ProgramFamilies::find(const SplitTrace& trace) const {
+  const auto found = families_.find(trace.skeleton());
+  return found == families_.end() ? nullptr : &found->second;
 }
 
 std::vector<Expression> read_guards(const std::string& package) {

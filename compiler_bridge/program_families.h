@@ -14,7 +14,7 @@
 
 namespace reprise {
 
-/// Used by the compile queue's thread alone.
+/// Not thread-safe.
 class ProgramFamilies {
  public:
   /// A compiled trace over symbols.
@@ -22,6 +22,7 @@ class ProgramFamilies {
     GeneralTrace trace;
     std::vector<Expression> guards;  ///< what the compiler took for granted
     std::shared_ptr<Runner> runner;
+    std::shared_ptr<SharedProgram> shared = std::make_shared<SharedProgram>();
 
     /// A guard that does not hold for these symbols, or null.
     const Expression* broken_guard(const std::vector<int64_t>& symbols) const;
@@ -35,6 +36,7 @@ class ProgramFamilies {
     /// the symbols are.
     struct Serving {
       std::shared_ptr<Runner> runner;
+      std::shared_ptr<SharedProgram> shared;
       std::string symbols;
       std::vector<int64_t> numbers;  ///< sizes that tell it the numbers
     };
@@ -44,7 +46,9 @@ class ProgramFamilies {
     void note(const std::vector<int64_t>& integers);
     /// A trace over symbols that covers one with these integers, which was noted, where
     /// one is worth a compile.
-    std::optional<GeneralTrace> generalise(const std::vector<int64_t>& integers);
+    /// Where there is none, `problem` says why.
+    std::optional<GeneralTrace> generalise(const std::vector<int64_t>& integers,
+                                           std::string& problem);
     void add(General program) { programs_.push_back(std::move(program)); }
 
     /// What makes a trace with these integers another than the one before it:
@@ -63,8 +67,10 @@ class ProgramFamilies {
     int tried_ = 0;
   };
 
-  /// The family of a trace, made where there is none.
+  /// The family of a trace, made where there is none. It stays where it is.
   Family& of(const SplitTrace& trace);
+  /// As above, null where there is none.
+  const Family* find(const SplitTrace& trace) const;
 
  private:
   std::unordered_map<std::string, Family> families_;

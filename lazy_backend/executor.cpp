@@ -81,6 +81,9 @@ void request_program(SegmentEnd& end, const Segment& segment) {
 
 void demote_if_slower(SegmentEnd& end) {
   const Contest& contest = end.contest;
+  if (SharedProgram* shared = end.program->shared.get(); shared != nullptr && contest.decided()) {
+    ++(contest.program_lost() ? shared->contests_lost : shared->contests_won);
+  }
   if (!contest.program_lost()) return;
   end.program->problem = c10::str(
       "demoted: lost ", contest.pairs_lost(), " of ", contest.pairs(),
@@ -96,15 +99,35 @@ void conclude(SegmentEnd& end) {
   if (!end.check->decided()) return;
   const std::string problem = end.check->problem();
   end.check = nullptr;
+  SharedProgram* shared = end.program->shared.get();
   if (problem.empty()) {
     end.checked = true;
+    if (shared != nullptr) ++shared->sizes_checked;
     metrics().programs_checked.add(1);
     return;
   }
+  if (shared != nullptr) shared->wrong = true;
   end.program->problem = problem;
   end.program->state = Program::State::kFailed;
   metrics().program_failures.add(1);
   TORCH_WARN("reprise: the program of ", end.name, " is not used: ", problem);
+}
+
+/// Takes the program over symbols that another size has, where it serves this one.
+void share_program(SegmentEnd& end, const Segment& segment) {
+  const std::shared_ptr<Program> like = end.pattern->program();
+  if (like == nullptr || end.unserved_by.lock() == like) return;
+  end.unserved_by = like;
+  auto program = std::make_shared<Program>();
+  program->name = end.name;
+  program->steps = end.steps;
+  program->live = like->live;
+  program->device_index = like->device_index;
+  if (!covers(*program, segment) || !CompileQueue::get().share(*program)) {
+    end.pattern->note_unserved();
+    return;
+  }
+  end.serve(std::move(program));
 }
 
 /// The program's first run, beside the interpreter's.
@@ -132,6 +155,9 @@ SegmentEnd& end_of(Node& node) {
 void launch(Node& node, Segment& segment) {
   SegmentEnd& end = end_of(node);
   if (end.steps.empty()) end.steps = TraceTree::path(&node);
+  if (end.program == nullptr && end.pattern != nullptr && options().compile) {
+    share_program(end, segment);
+  }
 
   // Backing tensors are plain ones whatever mode the user is in.
   c10::InferenceMode normal_tensors(false);
@@ -142,9 +168,17 @@ void launch(Node& node, Segment& segment) {
     end.wider = nullptr;
   }
   Program* program = end.program.get();
+  const SharedProgram* shared = program == nullptr ? nullptr : program->shared.get();
+  if (C10_UNLIKELY(shared != nullptr && shared->wrong &&
+                   program->state == Program::State::kReady)) {
+    end.check = nullptr;
+    program->problem = "it gave other values than the interpreter at another size";
+    program->state = Program::State::kFailed;
+  }
   const bool ready = program != nullptr && program->state == Program::State::kReady;
   bool usable = ready && covers(*program, segment);
-  bool trusted = end.checked || !options().check_programs;
+  bool trusted = end.checked || !options().check_programs ||
+                 (shared != nullptr && end.check == nullptr && shared->checked());
   if (usable && !trusted) {
     if (end.check == nullptr) return begin_check(end, segment);
     end.check->run_disturbed();
@@ -152,7 +186,8 @@ void launch(Node& node, Segment& segment) {
     usable = trusted = end.checked;
   }
   const bool timing =
-      ready && trusted && options().demote_slow_programs && !end.contest.decided();
+      ready && trusted && options().demote_slow_programs && !end.contest.decided() &&
+      !(shared != nullptr && shared->faster());
   if (usable) {
     if (!timing || end.contest.next() == Contest::Runner::kProgram) {
       RECORD_FUNCTION(end.replay_range, std::vector<c10::IValue>());

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "lazy_backend/contest.h"
+#include "lazy_backend/pattern_tree.h"
 #include "lazy_backend/program.h"
 #include "lazy_backend/program_check.h"
 #include "lazy_backend/segment.h"
@@ -24,11 +25,16 @@ struct SegmentEnd {
   bool at_error = false;  ///< the op that came next threw
   uint64_t last_run = 0;  ///< or recorded: by its session's count of segments
   uint64_t recorded = 0;
+  uint64_t inferred = 0;  ///< written down without being run
   uint64_t interpreted = 0;
   uint64_t replayed = 0;
 
   /// The path to the node; filled when it is first run.
   std::vector<StepPtr> steps;
+  /// What it shares with other sizes; null where sizes share nothing.
+  std::shared_ptr<Pattern> pattern;
+  /// The pattern's program that does not serve this size.
+  std::weak_ptr<Program> unserved_by;
   std::shared_ptr<Program> program;
   /// The same for more outputs, being compiled.
   std::shared_ptr<Program> wider;

@@ -104,9 +104,9 @@ struct HotOp<Op, Return(Args...)> {
   static at::Tensor tensor(Session& session, const Result& result, const Args&... args) {
     switch (result.kind) {
       case Result::Kind::kNew:
-        return session.make_new(result);
+        return session.segment().make_new(result);
       case Result::Kind::kAlias:
-        return session.make_alias(result, keys_of(result.arg, args...));
+        return session.segment().make_alias(result, keys_of(result.arg, args...));
       default:
         return at::Tensor();
     }

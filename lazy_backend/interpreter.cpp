@@ -82,6 +82,18 @@ class ArgumentBuilder {
   size_t next_ = 0;
 };
 
+/// A result of a step that was inferred, as the user has been told that it lies.
+at::Tensor as_inferred(const Step& step, const Result& result, const at::Tensor& tensor) {
+  const Geometry& told = *result.geometry;
+  if (told.matches(*tensor.unsafeGetTensorImpl())) return tensor;
+  TORCH_CHECK(tensor.sizes() == told.sizes() && tensor.scalar_type() == told.dtype, "reprise: ",
+              step.op.operator_name(), " gave ", tensor.dtype(), tensor.sizes(), " where ",
+              told.dtype, told.sizes(), " had been inferred");
+  const at::Tensor copy = empty_tensor(told, result.nbytes, tensor.device());
+  copy.copy_(tensor);
+  return copy;
+}
+
 void take_result(const Step& step, const Result& result, const c10::IValue& value,
                  std::vector<c10::Storage>& storages, const OnMade& created) {
   if (result.kind == Result::Kind::kList) {
@@ -92,7 +104,8 @@ void take_result(const Step& step, const Result& result, const c10::IValue& valu
     return;
   }
   if (result.kind != Result::Kind::kNew) return;
-  const at::Tensor& tensor = value.toTensor();
+  const at::Tensor tensor =
+      C10_UNLIKELY(step.inferred) ? as_inferred(step, result, value.toTensor()) : value.toTensor();
   storages[result.slot] = tensor.storage();
   created(step, result.slot, tensor);
 }

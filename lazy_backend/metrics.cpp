@@ -17,6 +17,7 @@ Statistics statistics() {
   Statistics s;
   s.ops_recorded = m.ops_recorded.value();
   s.ops_verified = m.ops_verified.value();
+  s.ops_inferred = m.ops_inferred.value();
   s.segments_recorded = m.segments_recorded.value();
   s.segments_interpreted = m.segments_interpreted.value();
   s.segments_replayed = m.segments_replayed.value();

@@ -21,7 +21,7 @@ class Counter {
 
 /// Process-wide. Ops are counted by their session and added at a segment's end.
 struct Metrics {
-  Counter ops_recorded, ops_verified, segments_recorded, segments_interpreted,
+  Counter ops_recorded, ops_verified, ops_inferred, segments_recorded, segments_interpreted,
       segments_replayed, segments_forgotten, mismatches, programs_requested, programs_compiled,
       programs_loaded, programs_shared, compile_failures, programs_checked, program_failures, programs_demoted;
 };

@@ -38,6 +38,22 @@ struct ProgramOutput {
   bool copy = false;
 };
 
+/// What the sizes that share a program over symbols have found out about it. From any
+/// thread.
+struct SharedProgram {
+  /// Sizes at which its first run gave the interpreter's values.
+  std::atomic<int> sizes_checked{0};
+  /// It gave other values at some size: it is used at none.
+  std::atomic<bool> wrong{false};
+  /// Sizes at which it was faster than the interpreter, or slower.
+  std::atomic<int> contests_won{0}, contests_lost{0};
+
+  /// At so many sizes it is looked at; then it is taken to be at others what it was there.
+  static constexpr int kSizes = 3;
+  bool checked() const { return sizes_checked.load() >= kSizes; }
+  bool faster() const { return contests_lost.load() == 0 && contests_won.load() >= kSizes; }
+};
+
 /// What runs a compiled artifact. Calls may come from several threads.
 class Runner {
  public:
@@ -54,6 +70,9 @@ struct Program {
   std::vector<uint32_t> live;  ///< created slots that are outputs, ascending
   c10::DeviceIndex device_index = 0;
   size_t scratch_bytes = 0;  ///< for its first run
+  /// Where a program over symbols is wanted, and no other: steps that are alike at other
+  /// sizes, whose outputs are in the same slots.
+  std::vector<std::vector<StepPtr>> other_sizes;
 
   // Set by the compile queue, before the state becomes kReady.
   std::vector<ProgramInput> inputs;
@@ -63,6 +82,7 @@ struct Program {
   bool from_store = false;
   /// Of a program over symbols: `s0 = 48 (s0: input 1 dim 0)`.
   std::string symbols;
+  std::shared_ptr<SharedProgram> shared;  ///< null where it is for one size alone
   /// What was compiled anew for: `input 1 dim 0: 48 was 64`.
   std::string reason;
   bool writes_inputs = false;

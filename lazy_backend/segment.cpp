@@ -1,5 +1,9 @@
 #include "lazy_backend/segment.h"
 
+#include <c10/core/InferenceMode.h>
+
+#include "lazy_backend/device.h"
+
 namespace reprise {
 
 void Segment::release(const Binding& binding) {
@@ -15,6 +19,40 @@ int64_t Segment::find_shared(const LazyStorage* storage) const {
     if (bindings_[k].storage == storage) return static_cast<int64_t>(k);
   }
   return -1;
+}
+
+at::Tensor Segment::make_new(const Result& result) {
+  auto storage = c10::make_intrusive<LazyStorage>(result.nbytes, result.device_index);
+  add_pending(storage.get());
+  const Geometry& geometry = *result.geometry;
+  auto impl = c10::make_intrusive<c10::TensorImpl>(
+      c10::Storage(std::move(storage)), kLazyKeys,
+      c10::scalarTypeToTypeMeta(geometry.dtype));
+  impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
+  if (C10_UNLIKELY(geometry.conjugate)) impl->_set_conj(true);
+  if (C10_UNLIKELY(geometry.negative)) impl->_set_neg(true);
+  return at::Tensor(std::move(impl));
+}
+
+at::Tensor Segment::make_alias(const Result& result, c10::DispatchKeySet keys) const {
+  constexpr c10::DispatchKeySet kBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+  const Geometry& geometry = *result.geometry;
+  c10::Storage storage(
+      c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(at(result.slot)));
+  if (keys.empty()) {
+    keys = kLazyKeys;
+    if (!c10::InferenceMode::is_enabled()) {
+      keys = keys | c10::getAutogradRelatedKeySetFromBackend(c10::BackendComponent::LazyBit);
+    }
+  }
+  keys = keys - kBits;
+  if (C10_UNLIKELY(geometry.conjugate)) keys = keys.add(c10::DispatchKey::Conjugate);
+  if (C10_UNLIKELY(geometry.negative)) keys = keys.add(c10::DispatchKey::Negative);
+  auto impl = c10::make_intrusive<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, std::move(storage), keys,
+      c10::scalarTypeToTypeMeta(geometry.dtype));
+  impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
+  return at::Tensor(std::move(impl));
 }
 
 void Segment::rollback(uint32_t size) {

@@ -58,7 +58,7 @@ class Segment {
   bool is_fresh(uint32_t slot) const { return bindings_[slot].fresh; }
   /// A step has written the storage in this slot.
   bool is_written(uint32_t slot) const { return bindings_[slot].written; }
-  void set_written(uint32_t slot) { bindings_[slot].written = true; }
+  void set_written(uint32_t slot, bool written = true) { bindings_[slot].written = written; }
 
   /// Adds the next slot, for a storage that was there before.
   uint32_t add_input(LazyStorage* storage) {
@@ -76,6 +76,12 @@ class Segment {
     storage->bind_new(epoch_, size(), session_id_, session_);
     bindings_.push_back({storage, /*strong=*/false, /*created=*/true});
   }
+
+  /// A new tensor over a pending storage, in the next slot.
+  at::Tensor make_new(const Result& result);
+  /// A tensor over the storage in the result's slot, for a view of a tensor with these
+  /// dispatch keys; none where it is no view of one.
+  at::Tensor make_alias(const Result& result, c10::DispatchKeySet keys) const;
 
   /// Forgets the slots from `size` on: a step that was not taken in the end.
   void rollback(uint32_t size);

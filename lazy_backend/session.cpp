@@ -18,6 +18,7 @@
 #include "lazy_backend/log.h"
 #include "lazy_backend/match.h"
 #include "lazy_backend/metrics.h"
+#include "lazy_backend/shape_inference.h"
 #include "lazy_backend/step_recorder.h"
 #include "reprise/device.h"
 #include "reprise/options.h"
@@ -189,8 +190,18 @@ void Session::end_segment(const char* reason) {
     launch(*node, current_);
     return;
   }
+  if (pattern_ != nullptr) {
+    Node& node = finish_inferring(reason);
+    struct Begin {
+      Session* session;
+      ~Begin() { session->begin_segment(); }
+    } begin{this};
+    launch(node, current_);
+    return;
+  }
   if (!log_.empty()) {
-    SegmentEnd& end = reached(*insert(log_.size()));
+    metrics().segments_recorded.add(1);
+    SegmentEnd& end = reached(*insert(log_.size(), /*cut=*/false));
     end.reason = reason;
     end.at_error = end.at_error || reason == kAnOpThrew;
     ++end.recorded;
@@ -207,9 +218,8 @@ SegmentEnd& Session::reached(Node& node) {
 
 void Session::draw_random(const Step& step) { current_.random.push_back(draw(step)); }
 
-void Session::close() {
+void Session::close(Node* node) {
   // The tree says that a step ends here. It is launched when the next op reads.
-  Node* node = cursor_;
   launch_closed();
   found_again();
   metrics().ops_verified.add(std::exchange(ops_verified_, 0));
@@ -270,7 +280,7 @@ void Session::discard() {
   metrics().ops_verified.add(std::exchange(ops_verified_, 0));
   closed_.clear();
   closed_node_ = nullptr;
-  if (cursor_ == nullptr) {
+  if (cursor_ == nullptr && pattern_ == nullptr) {
     end_segment("it was recorded only");  // which has run
   } else {
     begin_segment();
@@ -281,6 +291,7 @@ void Session::forget() {
   const std::lock_guard<SessionLock> guard(lock_);
   end_segment("traces were forgotten");
   tree_.clear();
+  patterns_.clear();
   finder_ = StepFinder();
   found_again();
   pause_ = 0;
@@ -353,6 +364,10 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       return;
     }
   }
+  if (pattern_ != nullptr) {
+    if (infer(op, how, stack)) return;
+    stop_inferring();
+  }
   if (cursor_ != nullptr) {
     if (verify(op, how, stack)) return;
     if (cursor_->end && cursor_->end->at_error) {
@@ -360,6 +375,7 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       end_segment(kAnOpThrew);
       if (cursor_ != nullptr && verify(op, how, stack)) return;
     }
+    if (cursor_ != nullptr && begin_inferring(op, how, stack)) return;
     if (cursor_ != nullptr) {
       REPRISE_LOG(2, "no record goes on with this call of ", op.operator_name(), " after ",
                   cursor_->depth, " ops");
@@ -442,11 +458,11 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
       case Result::Kind::kNone:
         return at::Tensor();
       case Result::Kind::kNew:
-        return make_new(result);
+        return current_.make_new(result);
       case Result::Kind::kAlias: {
         const c10::IValue* source =
             result.arg >= 0 ? &args[static_cast<size_t>(result.arg)] : nullptr;
-        return make_alias(result, source != nullptr && source->isTensor()
+        return current_.make_alias(result, source != nullptr && source->isTensor()
                                       ? source->toTensor().key_set()
                                       : c10::DispatchKeySet());
       }
@@ -470,52 +486,22 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
   return true;
 }
 
-at::Tensor Session::make_new(const Result& result) {
-  auto storage = c10::make_intrusive<LazyStorage>(result.nbytes, result.device_index);
-  current_.add_pending(storage.get());
-  const Geometry& geometry = *result.geometry;
-  auto impl = c10::make_intrusive<c10::TensorImpl>(
-      c10::Storage(std::move(storage)), kLazyKeys,
-      c10::scalarTypeToTypeMeta(geometry.dtype));
-  impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
-  if (C10_UNLIKELY(geometry.conjugate)) impl->_set_conj(true);
-  if (C10_UNLIKELY(geometry.negative)) impl->_set_neg(true);
-  return at::Tensor(std::move(impl));
-}
-
-at::Tensor Session::make_alias(const Result& result, c10::DispatchKeySet keys) {
-  constexpr c10::DispatchKeySet kBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
-  const Geometry& geometry = *result.geometry;
-  c10::Storage storage(
-      c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(current_.at(result.slot)));
-  if (keys.empty()) {
-    keys = kLazyKeys;
-    if (!c10::InferenceMode::is_enabled()) {
-      keys = keys | c10::getAutogradRelatedKeySetFromBackend(c10::BackendComponent::LazyBit);
-    }
-  }
-  keys = keys - kBits;
-  if (C10_UNLIKELY(geometry.conjugate)) keys = keys.add(c10::DispatchKey::Conjugate);
-  if (C10_UNLIKELY(geometry.negative)) keys = keys.add(c10::DispatchKey::Negative);
-  auto impl = c10::make_intrusive<c10::TensorImpl>(
-      c10::TensorImpl::VIEW, std::move(storage), keys,
-      c10::scalarTypeToTypeMeta(geometry.dtype));
-  impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
-  return at::Tensor(std::move(impl));
-}
-
 void Session::recover() {
   launch_closed();
   Node* node = cursor_;
   cursor_ = hot_cursor_ = nullptr;
   follow_ = node;
   if (node == root_) return;
-  metrics().mismatches.add(1);
   metrics().ops_verified.add(std::exchange(ops_verified_, 0));
+  log_ = TraceTree::path(node);
+  run_log(node);
+}
+
+void Session::run_log(Node* node) {
+  metrics().mismatches.add(1);
   try {
-    const bool compiled =
-        node->end && node->end->program && node->end->program->state == Program::State::kReady;
-    log_ = TraceTree::path(node);
+    const bool compiled = node != nullptr && node->end && node->end->program &&
+                          node->end->program->state == Program::State::kReady;
     if (compiled) {
       reached(*node);
       launch(*node, current_);
@@ -531,6 +517,112 @@ void Session::recover() {
   for (const StepPtr& step : log_) {
     for (const uint32_t slot : step->written) current_.set_written(slot);
   }
+}
+
+// ---------------------------------------------------------------------------
+// Inferring
+
+bool Session::begin_inferring(const c10::OperatorHandle& op, const OpPolicy& how,
+                              torch::jit::Stack* stack) {
+  patterns_.refresh();
+  PatternTree::Node* pattern = patterns_.root(environment_);
+  if (!pattern->ready || gives_up_inferring()) return false;
+  std::vector<StepPtr> steps = TraceTree::path(cursor_);
+  for (const StepPtr& step : steps) {
+    pattern = PatternTree::find(pattern, *step);
+    if (pattern == nullptr || !pattern->ready) return false;
+  }
+  Node* cursor = std::exchange(cursor_, nullptr);
+  hot_cursor_ = nullptr;
+  pattern_ = pattern;
+  log_ = std::move(steps);
+  if (infer(op, how, stack)) {
+    metrics().ops_verified.add(std::exchange(ops_verified_, 0));
+    return true;
+  }
+  pattern_ = nullptr;
+  log_.clear();
+  cursor_ = cursor;
+  return false;
+}
+
+bool Session::infer(const c10::OperatorHandle& op, const OpPolicy& how,
+                    torch::jit::Stack* stack) {
+  const auto arguments = call_arguments(op, *stack);
+  StepRecorder recorder(op, how, current_, device_index_of(arguments, how),
+                        StepRecorder::Device::kMeta);
+  const int64_t live = LazyStorage::live_on_this_thread() - live_at_start_;
+  torch::jit::Stack values(arguments.begin(), arguments.end());
+  std::shared_ptr<Step> step;
+  PatternTree::Node* next = nullptr;
+  try {
+    const BelowUserModes below;
+    recorder.take_arguments(values);
+    next = next_pattern(recorder.step());
+    if (next != nullptr && infer_results(op, *next->step, values)) {
+      step = recorder.take_results(values);
+      if (step != nullptr && !next->step->alike(*step, /*floats_may_differ=*/false)) step = nullptr;
+    }
+  } catch (const std::exception& error) {
+    // Perhaps the user's error, which the backing device will throw.
+    REPRISE_LOG(2, "cannot infer ", op.operator_name(), ": ", error.what());
+    step = nullptr;
+  }
+  if (step == nullptr) {
+    if (next != nullptr) {
+      ++not_inferred_;
+      REPRISE_LOG(2, "it is not known what ", op.operator_name(), " returns for these sizes");
+    }
+    values.clear();
+    recorder.undo();
+    return false;
+  }
+  for (const Arg& arg : step->args) {
+    if (arg.dynamic) current_.scalars.push_back(arg.number());
+  }
+  step->live_before = static_cast<int32_t>(live);
+  for (const uint32_t slot : step->written_inputs) current_.at(slot)->set_pending_in(this);
+  if (step->randomness != Randomness::kNone) draw_random(*step);
+  log_.push_back(std::move(step));
+  metrics().ops_inferred.add(1);
+  torch::jit::drop(*stack, arguments.size());
+  for (c10::IValue& value : values) stack->push_back(std::move(value));
+  pattern_ = next;
+  if (next->cut) {
+    Node& node = finish_inferring("the step ends here");
+    node.cut = true;
+    close(&node);
+  }
+  return true;
+}
+
+PatternTree::Node* Session::next_pattern(Step& step) const {
+  for (const auto& next : pattern_->next) {
+    const Step& like = *next->step;
+    if (!next->ready || !like.takes_alike(step, /*floats_may_differ=*/true)) continue;
+    // Numbers that are inputs of the program are so here as well.
+    for (size_t k = 0; k < like.args.size(); ++k) step.args[k].dynamic = like.args[k].dynamic;
+    if (like.takes_alike(step, /*floats_may_differ=*/false)) return next.get();
+  }
+  return nullptr;
+}
+
+void Session::stop_inferring() {
+  launch_closed();
+  pattern_ = nullptr;
+  run_log(nullptr);
+  refeed();
+}
+
+Node& Session::finish_inferring(const char* reason) {
+  Node& node = *insert(log_.size(), /*cut=*/false);
+  pattern_ = nullptr;
+  ++inferred_;
+  found_again();
+  SegmentEnd& end = reached(node);
+  end.reason = reason;
+  ++end.inferred;
+  return node;
 }
 
 // ---------------------------------------------------------------------------
@@ -657,17 +749,29 @@ void Session::make_room() {
   }
 }
 
-Node* Session::insert(size_t count) {
+Node* Session::insert(size_t count, bool cut) {
   make_room();
+  PatternTree::Node* pattern =
+      options().dynamic_shapes ? patterns_.insert(environment_, log_, count) : nullptr;
   Node* node = root_;
   for (size_t k = 0; k < count; ++k) node = tree_.extend(node, log_[k]);
-  metrics().segments_recorded.add(1);
+  if (pattern != nullptr) {
+    SegmentEnd& end = end_of(*node);
+    if (end.pattern != pattern->pattern) {
+      end.pattern = pattern->pattern;
+      end.pattern->add_size(end.name, {log_.begin(), log_.begin() + static_cast<std::ptrdiff_t>(count)},
+                            current_);
+    }
+    patterns_.await(pattern);
+    pattern->cut = pattern->cut || cut;
+  }
+  node->cut = node->cut || cut;
   return node;
 }
 
 void Session::drop_front(size_t count) {
-  Node* node = insert(count);
-  node->cut = true;
+  metrics().segments_recorded.add(1);
+  Node* node = insert(count, /*cut=*/true);
   SegmentEnd& end = reached(*node);
   if (end.recorded++ == 0) {
     end.reason = "the step ends here";
@@ -710,6 +814,7 @@ void Session::explain(std::string& out) {
   tree_.for_each_end([&](const Node& node) {
     const SegmentEnd& end = *node.end;
     out += c10::str("  ", end.name, ": ", node.depth, " ops, recorded ", end.recorded,
+                    end.inferred > 0 ? c10::str("x, inferred ", end.inferred) : "",
                     "x, interpreted ", end.interpreted, "x, replayed ", end.replayed,
                     "x; ended by: ", end.reason, "\n");
     const Program* program = end.program.get();

@@ -2,9 +2,11 @@
 /// One thread's work on the lazy device: records, verifies, recovers.
 ///
 /// A session stands at a place in its trace tree. While a node of the tree says
-/// what comes next it *verifies*: no op is run, results are pending. Otherwise it
-/// *records*: each op runs on the backing device and is written down. Any
-/// mismatch runs the verified part and goes on recording, so the program is
+/// what comes next it *verifies*: no op is run, results are pending. Where what comes
+/// differs from it in sizes alone, and a program serves other sizes, it *infers*: no op is
+/// run either, each is written down with what libtorch says of its results' geometry.
+/// Otherwise it *records*: each op runs on the backing device and is written down. Any
+/// mismatch runs the verified or inferred part and goes on recording, so the program is
 /// always right.
 ///
 /// Locks: each session has one. A thread never waits for another session's lock
@@ -23,6 +25,7 @@
 #include <vector>
 
 #include "lazy_backend/op_policy.h"
+#include "lazy_backend/pattern_tree.h"
 #include "lazy_backend/segment.h"
 #include "lazy_backend/session_lock.h"
 #include "lazy_backend/step_finder.h"
@@ -63,10 +66,6 @@ class Session {
     --pause_;
     return true;
   }
-  /// A new tensor over a storage that `step` creates.
-  at::Tensor make_new(const Result& result);
-  /// A tensor over a storage that was there before.
-  at::Tensor make_alias(const Result& result, c10::DispatchKeySet keys);
   /// The call matched `node`, and its results have been made.
   void advance(Node* node) {
     if (C10_UNLIKELY(node->step->randomness != Randomness::kNone)) draw_random(*node->step);
@@ -75,7 +74,7 @@ class Session {
     }
     cursor_ = hot_cursor_ = node;
     ++ops_verified_;
-    if (C10_UNLIKELY(node->cut)) close();
+    if (C10_UNLIKELY(node->cut)) close(node);
   }
 
   // For tests, benchmarks and reports.
@@ -101,7 +100,7 @@ class Session {
   SegmentEnd& reached(Node& node);
   void begin_segment();
   void end_segment(const char* reason);
-  void close();
+  void close(Node* node);
   void launch_closed();
   void settle_locked(const LazyStorage* storage);
   const OpPolicy& policy(const c10::OperatorHandle& op);
@@ -111,12 +110,28 @@ class Session {
              bool* differing);
   void generalise(Node* node, const c10::IValue* args, size_t count);
   void recover();
+  /// Runs the steps of `log_`, which nobody has run yet, and goes on recording.
+  void run_log(Node* node);
+
+  /// From verifying, where the call is like one of another size. Returns whether the call
+  /// was taken.
+  bool begin_inferring(const c10::OperatorHandle& op, const OpPolicy& policy,
+                       torch::jit::Stack* stack);
+  bool infer(const c10::OperatorHandle& op, const OpPolicy& policy, torch::jit::Stack* stack);
+  /// The pattern that goes on with a step like this; sets which of its floats are dynamic.
+  PatternTree::Node* next_pattern(Step& step) const;
+  /// It has rarely come to an end.
+  bool gives_up_inferring() const { return not_inferred_ > 8 + 2 * inferred_; }
+  /// Goes on recording.
+  void stop_inferring();
+  /// The inferred segment has ended: its end in the tree.
+  Node& finish_inferring(const char* reason);
 
   void record(const c10::OperatorHandle& op, const OpPolicy& policy, torch::jit::Stack* stack);
   void after_recorded();
   void refeed();
   void drop_front(size_t count);
-  Node* insert(size_t count);
+  Node* insert(size_t count, bool cut);
   void make_room();
   std::optional<size_t> feed(const Step& step);
   /// A whole segment was verified: recording pays.
@@ -161,6 +176,12 @@ class Session {
   TraceTree tree_;
   uint64_t environment_ = 0;
   Node* root_ = nullptr;
+
+  // Inferring: where the steps, which are in `log_`, lie among the patterns; null: not.
+  PatternTree patterns_;
+  PatternTree::Node* pattern_ = nullptr;
+  uint64_t inferred_ = 0;      ///< segments
+  uint64_t not_inferred_ = 0;  ///< segments that were begun, and met an op of unknown shape
 
   // Recording: the steps since the segment's start, and where they lie in the
   // tree (null: off the tree, fed to the finder).

@@ -1,6 +1,7 @@
 #include "lazy_backend/step_recorder.h"
 
 #include <ATen/core/ATen_fwd.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -28,13 +29,35 @@ void note_parameter(LazyStorage& storage, const at::Tensor& tensor) {
 }  // namespace
 
 StepRecorder::StepRecorder(const c10::OperatorHandle& op, const OpPolicy& policy,
-                           Segment& segment, c10::DeviceIndex device_index)
-    : policy_(policy), segment_(segment), step_(std::make_shared<Step>(op)) {
+                           Segment& segment, c10::DeviceIndex device_index, Device device)
+    : policy_(policy),
+      segment_(segment),
+      infers_(device == Device::kMeta),
+      step_(std::make_shared<Step>(op)) {
   step_->first_slot = segment.size();
   step_->device_index = device_index;
   step_->randomness = policy.randomness;
   step_->constant_floats = policy.constant_floats;
   step_->grad_mode = c10::GradMode::is_enabled();
+  step_->inferred = infers_;
+}
+
+c10::Device StepRecorder::device() const {
+  return infers_ ? c10::Device(c10::kMeta) : backing_device_of(step_->device_index);
+}
+
+at::Tensor StepRecorder::on_device(const at::Tensor& lazy) const {
+  if (!infers_) return unwrap(lazy);
+  // Views of one storage are that of one here as well.
+  for (const Unwrapped& each : tensors_) {
+    if (lazy_storage(each.lazy) == lazy_storage(lazy)) {
+      return meta_tensor(each.backing.storage(), lazy);
+    }
+  }
+  return meta_tensor(c10::Storage(c10::Storage::use_byte_size_t(), lazy.storage().nbytes(),
+                                  c10::DataPtr(nullptr, c10::kMeta),
+                                  c10::GetAllocator(c10::kMeta), /*resizable=*/true),
+                     lazy);
 }
 
 Arg StepRecorder::take_tensor(c10::IValue& value, int top_level) {
@@ -61,13 +84,17 @@ Arg StepRecorder::take_tensor(c10::IValue& value, int top_level) {
   arg.kind = Arg::Kind::kTensor;
   const int64_t found = segment_.find(storage);
   arg.first_use = found < 0;
+  if (infers_ && arg.first_use) {
+    TORCH_CHECK(storage->pending_in() == nullptr && storage->backing() && !storage->error(),
+                "reprise: not a value yet");
+  }
   arg.slot = arg.first_use ? segment_.add_input(storage) : static_cast<uint32_t>(found);
   arg.set_geometry(Geometry(*tensor.unsafeGetTensorImpl()));
   // Ops compare the identity of arguments: one that comes again is the same again.
   const auto again = std::find_if(tensors_.begin(), tensors_.end(), [&](const Unwrapped& each) {
     return each.lazy.is_same(tensor);
   });
-  at::Tensor backing = again != tensors_.end() ? again->backing : unwrap(tensor);
+  at::Tensor backing = again != tensors_.end() ? again->backing : on_device(tensor);
   tensors_.push_back({tensor, backing, top_level});
   value = std::move(backing);
   return arg;
@@ -92,7 +119,7 @@ Arg StepRecorder::take(c10::IValue& value, const c10::Argument& declared, int to
   } else if (value.isDevice()) {
     arg.kind = Arg::Kind::kDevice;
     arg.set_constant(value);
-    if (value.toDevice().is_lazy()) value = backing_device_of(step_->device_index);
+    if (value.toDevice().is_lazy()) value = device();
   } else if (value.isList() && list_holds_tensors(value)) {
     arg.kind = Arg::Kind::kList;
     std::vector<Arg> items;
@@ -135,10 +162,10 @@ void StepRecorder::take_arguments(torch::jit::Stack& stack) {
     const Arg& arg = step_->args[written];
     const auto note = [&](const Arg& tensor) {
       step_->written.push_back(tensor.slot);
-      if (!segment_.is_created(tensor.slot) && !segment_.is_written(tensor.slot)) {
-        step_->written_inputs.push_back(tensor.slot);
-      }
+      if (segment_.is_written(tensor.slot)) return;
+      if (!segment_.is_created(tensor.slot)) step_->written_inputs.push_back(tensor.slot);
       segment_.set_written(tensor.slot);
+      newly_written_.push_back(tensor.slot);
     };
     if (arg.kind == Arg::Kind::kTensor) note(arg);
     if (arg.kind == Arg::Kind::kList) for_each_tensor(arg.list(), note);
@@ -180,10 +207,9 @@ Result StepRecorder::give(c10::IValue& value, int again) {
       return result;
     }
   }
-  const c10::Device backing = backing_device_of(step_->device_index);
-  if (tensor.device() != backing || is_of_other_layout(tensor)) {
+  if (tensor.device() != device() || is_of_other_layout(tensor)) {
     traceable_ = false;
-    if (tensor.device() == backing) {
+    if (!infers_ && tensor.device() == device()) {
       for (const Unwrapped& each : tensors_) note_shared_storage(each.lazy);
       value = wrap_other_layout(tensor, step_->device_index);
     }
@@ -205,13 +231,18 @@ Result StepRecorder::give(c10::IValue& value, int again) {
     value = std::move(alias);
     return result;
   }
-  at::Tensor lazy = wrap_new(tensor, step_->device_index);
-  LazyStorage* storage = lazy_storage(lazy);
   result.kind = Result::Kind::kNew;
-  result.slot = segment_.add_created(storage);
-  result.nbytes = storage->nbytes();
+  result.slot = segment_.size();
+  result.nbytes = tensor.storage().nbytes();
   result.device_index = step_->device_index;
-  result.geometry = std::make_shared<const Geometry>(*lazy.unsafeGetTensorImpl());
+  result.geometry = std::make_shared<const Geometry>(*tensor.unsafeGetTensorImpl());
+  at::Tensor lazy;
+  if (infers_) {
+    lazy = segment_.make_new(result);
+  } else {
+    lazy = wrap_new(tensor, step_->device_index);
+    segment_.add_created(lazy_storage(lazy));
+  }
   tensors_.push_back({lazy, tensor, -1});  // a second result may share its storage
   value = std::move(lazy);
   return result;
@@ -222,6 +253,7 @@ void StepRecorder::check_changed_geometry() {
     if (same_geometry(each.backing, each.lazy)) continue;
     // An `out` tensor was resized. Its storage object stayed the same.
     traceable_ = false;
+    if (infers_) continue;
     lazy_storage(each.lazy)->set_backing(each.backing.storage());
     take_geometry(each.backing, each.lazy);
   }
@@ -250,6 +282,11 @@ std::shared_ptr<Step> StepRecorder::take_results(torch::jit::Stack& stack) {
       }) > 1;
   step_->slot_count = segment_.size() - step_->first_slot;
   return traceable_ ? step_ : nullptr;
+}
+
+void StepRecorder::undo() {
+  for (const uint32_t slot : newly_written_) segment_.set_written(slot, false);
+  segment_.rollback(step_->first_slot);
 }
 
 bool holds_lists(const c10::IValue& list) {

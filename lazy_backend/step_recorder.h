@@ -1,5 +1,6 @@
 /// \file
-/// Writes one call down as a step while it runs on the backing device.
+/// Writes one call down as a step, while it runs on the backing device or on tensors that
+/// have no values.
 #pragma once
 
 #include <ATen/core/stack.h>
@@ -18,21 +19,35 @@ namespace reprise {
 /// are to be rolled back to `first_slot()`.
 class StepRecorder {
  public:
+  enum class Device : uint8_t {
+    kBacking,
+    /// libtorch's `meta` device: the op says what its results would be like. They become
+    /// pending tensors of the segment.
+    kMeta,
+  };
   StepRecorder(const c10::OperatorHandle& op, const OpPolicy& policy, Segment& segment,
-               c10::DeviceIndex device_index);
+               c10::DeviceIndex device_index, Device device = Device::kBacking);
 
-  /// Writes the arguments down and puts tensors of the backing device in their
-  /// place. Throws libtorch's error for mixed devices.
+  /// Writes the arguments down and puts tensors of the device in their place. Throws
+  /// libtorch's error for mixed devices.
   void take_arguments(torch::jit::Stack& stack);
 
   /// Writes the results down and puts lazy tensors in their place. Returns null
   /// where the call cannot be written as a step (an `out` tensor was resized, a
-  /// result lies on another device); the results are good all the same.
+  /// result lies on another device); the results are good all the same, unless they
+  /// were inferred.
   std::shared_ptr<Step> take_results(torch::jit::Stack& stack);
 
+  /// Takes back what the segment was told.
+  void undo();
+
   uint32_t first_slot() const { return step_->first_slot; }
+  /// As far as it is written.
+  Step& step() { return *step_; }
 
  private:
+  c10::Device device() const;
+  at::Tensor on_device(const at::Tensor& lazy) const;
   Arg take(c10::IValue& value, const c10::Argument& declared, int top_level);
   Arg take_tensor(c10::IValue& value, int top_level);
   Result give(c10::IValue& value, int again);
@@ -46,8 +61,10 @@ class StepRecorder {
 
   const OpPolicy& policy_;
   Segment& segment_;
+  const bool infers_;
   std::shared_ptr<Step> step_;
   c10::SmallVector<Unwrapped, 6> tensors_;
+  c10::SmallVector<uint32_t, 2> newly_written_;
   bool traceable_ = true;
 };
 

@@ -175,6 +175,14 @@ at::Tensor stand_in(const at::Tensor& lazy) {
   return tensor;
 }
 
+at::Tensor meta_tensor(const c10::Storage& storage, const at::Tensor& lazy) {
+  auto impl = c10::make_intrusive<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, c10::Storage(storage),
+      c10::DispatchKeySet(c10::DispatchKey::Meta) | (lazy.key_set() & kBits), lazy.dtype());
+  impl->set_sizes_and_strides(lazy.sizes(), lazy.strides(), lazy.storage_offset());
+  return at::Tensor(std::move(impl));
+}
+
 bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
   return a.sizes() == b.sizes() && a.strides() == b.strides() &&
          a.storage_offset() == b.storage_offset() && a.is_conj() == b.is_conj() &&

@@ -124,6 +124,9 @@ at::Tensor unwrap(const at::Tensor& lazy);
 /// for being asked, not for being read.
 at::Tensor stand_in(const at::Tensor& lazy);
 
+/// A tensor of the `meta` device over `storage`, like `lazy`.
+at::Tensor meta_tensor(const c10::Storage& storage, const at::Tensor& lazy);
+
 /// Sizes, strides, offset, and the conjugate and negative bits.
 bool same_geometry(const at::Tensor& a, const at::Tensor& b);
 void take_geometry(const at::Tensor& from, const at::Tensor& to);

@@ -2,7 +2,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <bit>
+#include <compare>
 #include <cstring>
 
 namespace reprise {
@@ -48,6 +50,24 @@ size_t Geometry::nbytes() const {
   return static_cast<size_t>(last + 1) * c10::elementSize(dtype);
 }
 
+bool Geometry::lies_like(const Geometry& other) const {
+  if (rank != other.rank || dtype != other.dtype || conjugate != other.conjugate ||
+      negative != other.negative) {
+    return false;
+  }
+  // The stride of a dimension of one element is arbitrary.
+  const auto counts = [&](uint32_t k) { return dims[k] > 1 && other.dims[k] > 1; };
+  for (uint32_t a = 0; a < rank; ++a) {
+    if (!counts(a)) continue;
+    for (uint32_t b = a + 1; b < rank; ++b) {
+      if (!counts(b)) continue;
+      const auto order = dims[rank + a] <=> dims[rank + b];
+      if (order != other.dims[rank + a] <=> other.dims[rank + b]) return false;
+    }
+  }
+  return true;
+}
+
 namespace {
 
 bool same_bits(double a, double b) {
@@ -86,6 +106,10 @@ bool same_constant(const c10::IValue& a, const c10::IValue& b) {
 }
 
 }  // namespace
+
+double Arg::number() const {
+  return kind == Kind::kNumber ? constant().toTensor().item<double>() : d;
+}
 
 bool Arg::same(const Arg& other, bool floats_may_differ) const {
   if (kind != other.kind) return false;
@@ -130,6 +154,41 @@ bool Arg::same(const Arg& other, bool floats_may_differ) const {
   return false;
 }
 
+bool Arg::alike(const Arg& other, bool floats_may_differ) const {
+  if (kind != other.kind) return false;
+  switch (kind) {
+    case Kind::kTensor:
+      return slot == other.slot && first_use == other.first_use &&
+             geometry().lies_like(other.geometry());
+    case Kind::kInt:
+      return true;
+    case Kind::kNumber: {
+      const at::Tensor &x = constant().toTensor(), &y = other.constant().toTensor();
+      const auto is_integer = [](const at::Tensor& t) {
+        return t.scalar_type() == c10::kLong && t.unsafeGetTensorImpl()->is_wrapped_number();
+      };
+      return (is_integer(x) && is_integer(y)) || same(other, floats_may_differ);
+    }
+    case Kind::kIntList:
+      return ints().size() == other.ints().size();
+    case Kind::kList:
+      return std::equal(list().begin(), list().end(), other.list().begin(), other.list().end(),
+                        [&](const Arg& a, const Arg& b) { return a.alike(b, floats_may_differ); });
+    default:
+      return same(other, floats_may_differ);
+  }
+}
+
+bool Result::alike(const Result& other) const {
+  if (kind != other.kind || slot != other.slot || arg != other.arg) return false;
+  if ((geometry == nullptr) != (other.geometry == nullptr)) return false;
+  if (geometry && !geometry->lies_like(*other.geometry)) return false;
+  if (kind == Kind::kConstant) return same_constant(constant, other.constant);
+  return kind != Kind::kList ||
+         std::equal(list->begin(), list->end(), other.list->begin(), other.list->end(),
+                    [](const Result& a, const Result& b) { return a.alike(b); });
+}
+
 bool Result::same(const Result& other) const {
   if (kind != other.kind || slot != other.slot || arg != other.arg || nbytes != other.nbytes) {
     return false;
@@ -154,6 +213,65 @@ bool may_be_dynamic(const Step& step, size_t k) {
   auto type = step.op.schema().arguments()[k].type();
   if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
   return type->kind() == c10::TypeKind::NumberType;
+}
+
+namespace {
+
+/// Whether an integer argument is a size, a position or a count: not the name of a
+/// dimension, nor a dtype, a layout or a memory format, which are integers when boxed.
+bool is_amount(const c10::Argument& declared) {
+  if (declared.name().starts_with("dim")) return false;
+  auto type = declared.real_type();
+  if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+  if (const auto list = type->cast<c10::ListType>()) type = list->getElementType();
+  const auto kind = type->kind();
+  return kind == c10::TypeKind::IntType || kind == c10::TypeKind::SymIntType ||
+         kind == c10::TypeKind::NumberType;
+}
+
+}  // namespace
+
+bool Step::takes_alike(const Step& other, bool floats_may_differ) const {
+  if (op != other.op || args.size() != other.args.size() || first_slot != other.first_slot ||
+      device_index != other.device_index) {
+    return false;
+  }
+  for (size_t k = 0; k < args.size(); ++k) {
+    if (!args[k].alike(other.args[k], floats_may_differ)) return false;
+    const bool integers = args[k].kind == Arg::Kind::kInt || args[k].kind == Arg::Kind::kIntList;
+    if (integers && !args[k].same(other.args[k], false) &&
+        !is_amount(op.schema().arguments()[k])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool Step::alike(const Step& other, bool floats_may_differ) const {
+  return slot_count == other.slot_count && takes_alike(other, floats_may_differ) &&
+         std::equal(results.begin(), results.end(), other.results.begin(), other.results.end(),
+                    [](const Result& a, const Result& b) { return a.alike(b); });
+}
+
+std::shared_ptr<Step> with_dynamic_floats(const Step& step, const Step& other) {
+  auto general = std::make_shared<Step>(step);
+  for (size_t k = 0; k < step.args.size(); ++k) {
+    if (step.args[k].alike(other.args[k], /*floats_may_differ=*/false)) continue;
+    if (!may_be_dynamic(step, k)) return nullptr;  // within a list, say
+    general->args[k].dynamic = true;
+  }
+  return general;
+}
+
+StepPtr taking_dynamic_floats(StepPtr step, const Step& like) {
+  std::shared_ptr<Step> changed;
+  for (size_t k = 0; k < like.args.size(); ++k) {
+    if (!like.args[k].dynamic || step->args[k].dynamic) continue;
+    if (!changed) changed = std::make_shared<Step>(*step);
+    changed->args[k].dynamic = true;
+  }
+  if (changed) return changed;
+  return step;
 }
 
 bool Step::same(const Step& other, bool floats_may_differ) const {

@@ -40,6 +40,10 @@ struct Geometry {
 
   /// The bytes of the smallest storage that holds such a tensor.
   size_t nbytes() const;
+
+  /// The same but for integers: rank, dtype, bits, and which dimension has the larger
+  /// stride.
+  bool lies_like(const Geometry& other) const;
 };
 
 /// An argument as recorded.
@@ -71,6 +75,8 @@ struct Arg {
     bool b;
   };
 
+  /// Of kDouble and kNumber, the value when it was recorded.
+  double number() const;
   const Geometry& geometry() const { return *static_cast<const Geometry*>(data_.get()); }
   const c10::IValue& constant() const { return *static_cast<const c10::IValue*>(data_.get()); }
   const std::vector<Arg>& list() const {
@@ -94,6 +100,8 @@ struct Arg {
 
   /// Equal, or equal but for the values of floats when `floats_may_differ`.
   bool same(const Arg& other, bool floats_may_differ) const;
+  /// As above, integers apart: those of geometries too.
+  bool alike(const Arg& other, bool floats_may_differ) const;
 
  private:
   struct Ints {
@@ -124,6 +132,8 @@ struct Result {
   c10::IValue constant;
 
   bool same(const Result& other) const;
+  /// Equal but for integers.
+  bool alike(const Result& other) const;
 };
 
 /// How a step's random numbers can be made before its program runs.
@@ -156,11 +166,17 @@ struct Step {
   bool grad_mode = false;
   /// Its floats are never made inputs of a program.
   bool constant_floats = false;
+  /// The geometries of its results were inferred: it was not run when it was written down.
+  bool inferred = false;
 
   explicit Step(c10::OperatorHandle handle) : op(handle) {}
 
   /// Does the same on the same slots.
   bool same(const Step& other, bool floats_may_differ) const;
+  /// As above, but for integers: does the same to tensors of other sizes.
+  bool alike(const Step& other, bool floats_may_differ) const;
+  /// Of that, what is known before it has run.
+  bool takes_alike(const Step& other, bool floats_may_differ) const;
 };
 using StepPtr = std::shared_ptr<const Step>;
 
@@ -168,6 +184,13 @@ using StepPtr = std::shared_ptr<const Step>;
 /// of any kind, not one that the schema declares as `float`, by which the
 /// compiler chooses its code.
 bool may_be_dynamic(const Step& step, size_t k);
+
+/// `step` with those floats made dynamic that are others in `other`, a step that is alike but
+/// for floats. Null where one of them cannot be.
+std::shared_ptr<Step> with_dynamic_floats(const Step& step, const Step& other);
+
+/// `step` with those floats dynamic that are so in `like`, which is alike but for floats.
+StepPtr taking_dynamic_floats(StepPtr step, const Step& like);
 
 /// Calls `visit(const Arg&)` for every tensor argument, those in lists included.
 template <class Visit>

@@ -94,15 +94,8 @@ Node* TraceTree::find(const Node* node, const Step& step) {
   if (step.constant_floats) return nullptr;
   for (Node* child = node->child; child != nullptr; child = child->sibling) {
     if (!child->step->same(step, /*floats_may_differ=*/true)) continue;
-    auto general = std::make_shared<Step>(*child->step);
-    bool all = true;  // floats within a list, say, stay constants
-    for (size_t k = 0; k < step.args.size(); ++k) {
-      Arg& arg = general->args[k];
-      if (arg.same(step.args[k], /*floats_may_differ=*/false)) continue;
-      all = all && may_be_dynamic(step, k);
-      arg.dynamic = true;
-    }
-    if (!all) continue;
+    auto general = with_dynamic_floats(*child->step, step);
+    if (!general) continue;
     child->step = std::move(general);
     drop_programs(child);
     return child;

@@ -42,8 +42,9 @@ struct Term {
 
 class Fitter {
  public:
-  Fitter(std::span<const Values> symbols, std::span<const int64_t> values, size_t most_constants)
-      : symbols_(symbols), values_(values), most_constants_(most_constants) {}
+  Fitter(std::span<const Values> symbols, std::span<const int64_t> values, size_t most_constants,
+         std::span<const Expression> sizes)
+      : symbols_(symbols), values_(values), most_constants_(most_constants), sizes_(sizes) {}
 
   /// From the simplest to the least simple.
   std::optional<Expression> run() {
@@ -68,12 +69,17 @@ class Fitter {
   }
 
  private:
-  /// Symbols, their squares and products of up to three.
+  /// Symbols and sizes, their squares and products of up to three.
   void make_terms() {
     const size_t count = symbols_.empty() ? 0 : symbols_[0].size();
     for (uint32_t k = 0; k < count; ++k) {
       Term term{Expression::symbol(k), {}};
       for (const Values& member : symbols_) term.values.push_back(member[k]);
+      singles_.push_back(std::move(term));
+    }
+    for (const Expression& size : sizes_) {
+      Term term{size, {}};
+      for (const Values& member : symbols_) term.values.push_back(size.evaluate(member).value());
       singles_.push_back(std::move(term));
     }
     terms_ = singles_;
@@ -202,6 +208,7 @@ class Fitter {
   const std::span<const Values> symbols_;
   const std::span<const int64_t> values_;
   const size_t most_constants_;
+  const std::span<const Expression> sizes_;
   std::vector<Term> singles_, terms_;
 };
 
@@ -266,12 +273,22 @@ std::string SplitTrace::skeleton() const {
 }
 
 std::optional<Expression> fit(std::span<const Values> symbols, std::span<const int64_t> values,
-                              size_t most_constants) {
-  return Fitter(symbols, values, most_constants).run();
+                              size_t most_constants, std::span<const Expression> sizes) {
+  return Fitter(symbols, values, most_constants, sizes).run();
 }
 
 std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
-                                               std::span<const Values> all) {
+                                               std::span<const Values> all,
+                                               std::string* problem) {
+  const auto give_up = [&](const std::string& why) -> std::optional<GeneralTrace> {
+    if (problem != nullptr) *problem = why;
+    return std::nullopt;
+  };
+  const auto list = [](const Values& values) {
+    std::string text;
+    for (const int64_t value : values) text += (text.empty() ? "" : ", ") + std::to_string(value);
+    return text;
+  };
   const auto column = [](std::span<const Values> members, size_t site) {
     Values values;
     for (const Values& member : members) values.push_back(member[site]);
@@ -286,9 +303,8 @@ std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
     if (like.sites[site].kind != SplitTrace::Site::Kind::kSize) continue;
     if (!differs(column(members, site))) continue;
     std::erase_if(members, [&](const Values& member) { return member[site] < 2; });
-    if (members.empty()) return std::nullopt;
   }
-  if (members.size() < 2) return std::nullopt;
+  if (members.size() < 2) return give_up("sizes of 0 and 1 have programs of their own");
 
   GeneralTrace general;
   general.sites_ = like.sites;
@@ -303,21 +319,38 @@ std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
     general.symbols_.push_back(site);
     for (size_t m = 0; m < members.size(); ++m) symbols[m].push_back(values[m]);
   }
+  // What other integers are made of: sizes that are no symbols themselves.
+  constexpr size_t kMostSizes = 4;
+  std::vector<Expression> sizes;
+  std::vector<Values> size_values;
+  for (size_t site = 0; site < like.sites.size() && sizes.size() < kMostSizes; ++site) {
+    if (!found[site] || found[site]->kind() == Kind::kConstant || found[site]->kind() == Kind::kSymbol) {
+      continue;
+    }
+    Values values = column(members, site);
+    if (std::find(size_values.begin(), size_values.end(), values) != size_values.end()) continue;
+    sizes.push_back(*found[site]);
+    size_values.push_back(std::move(values));
+  }
   constexpr size_t kAnyConstants = 8;
   std::map<Values, std::optional<Expression>> fits;  // the same numbers come again and again
   for (size_t site = 0; site < like.sites.size(); ++site) {
     if (!found[site]) {
       const Values values = column(members, site);
       const auto [known, missing] = fits.try_emplace(values);
-      if (missing) known->second = fit(symbols, values, kAnyConstants);
+      if (missing) known->second = fit(symbols, values, kAnyConstants, sizes);
       if (!known->second) {
-        if (like.sites[site].kind != SplitTrace::Site::Kind::kArgument) return std::nullopt;
+        const bool argument = like.sites[site].kind == SplitTrace::Site::Kind::kArgument;
+        const bool negative = std::any_of(values.begin(), values.end(), [](int64_t v) { return v < 0; });
+        if (!argument || negative) {
+          return give_up("no expression gives " + place(like.sites[site], site) + ": " +
+                         list(values));
+        }
         const auto number = static_cast<uint32_t>(general.symbols_.size());
         known->second = Expression::symbol(number) + -kNumberOffset;
         general.symbols_.push_back(site);
         ++general.numbers_;
         for (size_t m = 0; m < members.size(); ++m) {
-          if (values[m] < 0) return std::nullopt;
           symbols[m].push_back(values[m] + kNumberOffset);
         }
       }
@@ -325,7 +358,7 @@ std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
     }
     general.expected_.push_back(*found[site]);
   }
-  if (general.symbols_.empty()) return std::nullopt;
+  if (general.symbols_.empty()) return give_up("nothing differs");
 
   std::string& text = general.text_;
   for (size_t site = 0; site < like.sites.size(); ++site) {

@@ -51,8 +51,11 @@ class GeneralTrace {
   ///
   /// Another integer that differs and that no expression explains (a position in a cache,
   /// say) is a *number*, and becomes a symbol too: the program is told by one more input.
+  ///
+  /// Where nothing is made, `problem` says why if it is not null.
   static std::optional<GeneralTrace> make(const SplitTrace& like,
-                                          std::span<const std::vector<int64_t>> members);
+                                          std::span<const std::vector<int64_t>> members,
+                                          std::string* problem = nullptr);
 
   /// The symbols' values for a trace with these integers; nothing where it is none of this
   /// kind: another value than an expression gives, or a symbol below 2.
@@ -84,8 +87,10 @@ class GeneralTrace {
 
 /// An expression over symbols whose values in each member are `symbols[member]`, which
 /// gives `values[member]`; the simplest there is. With `most_constants`, only those whose
-/// constants are not more.
+/// constants are not more. `sizes`, expressions that have a value in each member, count as
+/// symbols do.
 std::optional<Expression> fit(std::span<const std::vector<int64_t>> symbols,
-                              std::span<const int64_t> values, size_t most_constants);
+                              std::span<const int64_t> values, size_t most_constants,
+                              std::span<const Expression> sizes = {});
 
 }  // namespace reprise

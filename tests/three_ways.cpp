@@ -199,6 +199,7 @@ Statistics since(const Statistics& before) {
   Statistics now = statistics();
   now.ops_recorded -= before.ops_recorded;
   now.ops_verified -= before.ops_verified;
+  now.ops_inferred -= before.ops_inferred;
   now.segments_recorded -= before.segments_recorded;
   now.segments_interpreted -= before.segments_interpreted;
   now.segments_replayed -= before.segments_replayed;

@@ -14,6 +14,7 @@ namespace reprise {
 struct Statistics {
   uint64_t ops_recorded = 0;          ///< ops run one by one and written down
   uint64_t ops_verified = 0;          ///< ops compared with the record, not run
+  uint64_t ops_inferred = 0;          ///< ops of a new size, written down and not run
   uint64_t segments_recorded = 0;
   uint64_t segments_interpreted = 0;  ///< verified, then run op by op
   uint64_t segments_replayed = 0;     ///< verified, then run as a compiled program
@@ -35,6 +36,7 @@ template <class Visit>
 void for_each_statistic(const Statistics& s, const Visit& visit) {
   visit("ops_recorded", s.ops_recorded);
   visit("ops_verified", s.ops_verified);
+  visit("ops_inferred", s.ops_inferred);
   visit("segments_recorded", s.segments_recorded);
   visit("segments_interpreted", s.segments_interpreted);
   visit("segments_replayed", s.segments_replayed);

@@ -1,0 +1,100 @@
+/// \file
+/// Segments that differ in integers alone, as one path each.
+///
+/// Beside the trace tree, where each size has a path of its own, lies this one: every
+/// segment that is recorded goes down a path whose steps are alike (`Step::alike`). Where
+/// such a path ends, all its sizes share what is known: that they are many, which is worth
+/// a program over symbols, and that program.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "lazy_backend/program.h"
+#include "lazy_backend/segment.h"
+#include "lazy_backend/trace.h"
+
+namespace reprise {
+
+/// What the sizes of a segment share. A session's own, like the tree.
+class Pattern {
+ public:
+  /// A program over symbols has been asked for.
+  bool awaits() const { return requested_ != nullptr; }
+
+  /// Another size was met: these steps, whose slots are bound in `segment`. Asks for a
+  /// program over symbols where there are sizes enough.
+  void add_size(const std::string& name, std::vector<StepPtr> steps, const Segment& segment);
+
+  /// The program over symbols at one of the sizes, whose outputs are those that another
+  /// size's would have; null where there is none yet.
+  const std::shared_ptr<Program>& program();
+
+  /// No program serves this size: a step has changed, or the program takes for granted
+  /// what does not hold.
+  void note_unserved() { unserved_ = true; }
+  void drop_programs();
+  uint64_t sizes() const { return sizes_; }
+
+ private:
+  /// So many sizes are looked at together: from fewer, expressions are guessed wrong.
+  static constexpr uint64_t kSizes = 3;
+  static constexpr size_t kMostExamples = 4;
+  static constexpr int kMostRequests = 4;
+
+  uint64_t sizes_ = 0;
+  uint64_t ops_ = 0;
+  uint64_t next_request_ = kSizes;  ///< when there are so many sizes
+  int requests_ = 0;
+  bool unserved_ = true;
+  std::vector<std::vector<StepPtr>> examples_;
+  std::shared_ptr<Program> requested_, program_;
+};
+
+class PatternTree {
+ public:
+  struct Node {
+    StepPtr step;  ///< one of those that are alike; null in a root
+    Node* parent = nullptr;
+    std::vector<std::unique_ptr<Node>> next;
+    /// A step of the user's program ends here.
+    bool cut = false;
+    /// At or below it lies a pattern with a program.
+    bool ready = false;
+    std::shared_ptr<Pattern> pattern;
+  };
+
+  PatternTree() = default;
+  ~PatternTree() { clear(); }
+  PatternTree(const PatternTree&) = delete;
+  PatternTree& operator=(const PatternTree&) = delete;
+
+  /// The root for an environment (`environment_key`).
+  Node* root(uint64_t environment);
+
+  /// The child whose step is alike, floats included; or null.
+  static Node* find(const Node* node, const Step& step);
+
+  /// The end of the path of these steps, made where it is missing. Where floats differ from
+  /// what was there, they become dynamic, in the tree and in `steps`.
+  Node* insert(uint64_t environment, std::vector<StepPtr>& steps, size_t count);
+
+  /// `refresh` is to look at this end, whose pattern may have been asked a program for.
+  void await(Node* node);
+  /// Marks the ways to patterns that have got a program since they were inserted.
+  void refresh();
+
+  void clear();
+
+ private:
+  /// More nodes are all forgotten: the patterns that go on are found again.
+  static constexpr size_t kMostNodes = 1 << 16;
+
+  std::unordered_map<uint64_t, std::unique_ptr<Node>> roots_;
+  std::vector<Node*> awaited_;  ///< ends whose pattern has no program
+  size_t size_ = 0;
+};
+
+}  // namespace reprise
