@@ -263,6 +263,7 @@ bool CompileQueue::serve(Program& program, const SplitTrace& split,
   program.runner = std::move(serving->runner);
   program.shared = std::move(serving->shared);
   program.symbols = std::move(serving->symbols);
+  program.guards = std::move(serving->guards);
   for (const int64_t number : serving->numbers) {
     ProgramInput input;
     input.kind = ProgramInput::Kind::kNumber;

@@ -37,7 +37,7 @@ class ProgramFamilies {
     struct Serving {
       std::shared_ptr<Runner> runner;
       std::shared_ptr<SharedProgram> shared;
-      std::string symbols;
+      std::string symbols, guards;
       std::vector<int64_t> numbers;  ///< sizes that tell it the numbers
     };
     std::optional<Serving> serving(const std::vector<int64_t>& integers) const;

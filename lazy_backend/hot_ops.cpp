@@ -28,7 +28,12 @@ struct HotOp<Op, Return(Args...)> {
     {
       const std::lock_guard<SessionLock> guard(session.lock());
       if (const Node* cursor = session.hot_cursor(); C10_LIKELY(cursor != nullptr)) {
-        for (Node* child = cursor->child; child != nullptr; child = child->sibling) {
+        const auto hash = [&] {
+          CallHash all;
+          (all.add(args), ...);
+          return all;
+        };
+        for (Candidates each(cursor, hash); Node* child = each.get(); each.next()) {
           if (child->step->op != handle() || !matches(session.segment(), *child->step, args...)) {
             continue;
           }

@@ -4,6 +4,39 @@
 
 namespace reprise {
 
+void CallHash::add(const c10::IValue& value) {
+  if (value.isTensor()) {
+    add(value.toTensor());
+  } else if (value.isInt()) {
+    add(value.toInt());
+  } else if (value.isIntList()) {
+    const auto numbers = value.toIntList();
+    for (size_t k = 0; k < numbers.size(); ++k) add(numbers.get(k));
+  } else if (value.isTensorList() || value.isOptionalTensorList()) {
+    for (const c10::IValue& item : value.toListRef()) add(item);
+  }
+}
+
+void CallHash::add(const Arg& arg) {
+  switch (arg.kind) {
+    case Arg::Kind::kTensor:
+      add(arg.geometry().sizes());
+      add(arg.geometry().offset);
+      break;
+    case Arg::Kind::kInt:
+      add(arg.i);
+      break;
+    case Arg::Kind::kIntList:
+      add(arg.ints());
+      break;
+    case Arg::Kind::kList:
+      for (const Arg& item : arg.list()) add(item);
+      break;
+    default:
+      break;
+  }
+}
+
 bool Matcher::match_number(const Arg& arg, const at::Tensor& tensor) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   const c10::TensorImpl* recorded = arg.constant().toTensor().unsafeGetTensorImpl();

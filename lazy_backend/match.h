@@ -18,8 +18,99 @@
 
 #include "lazy_backend/segment.h"
 #include "lazy_backend/trace.h"
+#include "lazy_backend/trace_tree.h"
 
 namespace reprise {
+
+/// What a call's sizes and integers come to: the same for the call and for what was
+/// recorded of one that it matches. By it the child is found among many that differ in
+/// them alone.
+class CallHash {
+ public:
+  CallHash() = default;
+  /// Of a list of `IValue`s or of `Arg`s.
+  template <class Args>
+  static CallHash of(const Args& args) {
+    CallHash hash;
+    for (const auto& arg : args) hash.add(arg);
+    return hash;
+  }
+  uint64_t value() const { return value_; }
+
+  void add(const at::Tensor& tensor) {
+    if (!tensor.defined() || !is_lazy(tensor)) return;
+    const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    add(impl->sizes());
+    add(impl->storage_offset());
+  }
+  void add(int64_t number) { value_ = (value_ ^ static_cast<uint64_t>(number)) * 0x9e3779b97f4a7c15u; }
+  void add(const c10::SymInt& number) {
+    if (!number.is_heap_allocated()) add(number.as_int_unchecked());
+  }
+  void add(const at::Scalar& number) {
+    if (number.isIntegral(/*includeBool=*/false)) add(number.to<int64_t>());
+  }
+  void add(at::ScalarType type) { add(int64_t(type)); }
+  void add(at::Layout layout) { add(int64_t(layout)); }
+  void add(at::MemoryFormat format) { add(int64_t(format)); }
+  void add(c10::IntArrayRef numbers) {
+    for (const int64_t number : numbers) add(number);
+  }
+  void add(c10::SymIntArrayRef numbers) {
+    for (const c10::SymInt& number : numbers) add(number);
+  }
+  void add(at::TensorList tensors) {
+    for (const at::Tensor& tensor : tensors) add(tensor);
+  }
+  void add(const at::ITensorListRef& tensors) {
+    for (const at::Tensor& tensor : tensors) add(tensor);
+  }
+  void add(const at::OptionalIntArrayRef& numbers) {
+    if (numbers.has_value()) add(*numbers);
+  }
+  void add(const at::OptionalSymIntArrayRef& numbers) {
+    if (numbers.has_value()) add(*numbers);
+  }
+  template <class T>
+  void add(const std::optional<T>& value) {
+    if (value.has_value()) add(*value);
+  }
+  void add(const c10::List<std::optional<at::Tensor>>& tensors) {
+    for (size_t k = 0; k < tensors.size(); ++k) add(tensors.get(k));
+  }
+  void add(const c10::IValue& value);
+  void add(const Arg& arg);
+
+  // These tell nothing.
+  void add(bool) {}
+  void add(double) {}
+  void add(std::string_view) {}
+  void add(at::Device) {}
+  void add(const at::Generator&) {}
+  template <size_t N>
+  void add(const std::array<bool, N>&) {}
+
+ private:
+  uint64_t value_ = 0;
+};
+
+/// The children that a call can match, in order: those of its hash where the node keeps
+/// them apart, all others.
+class Candidates {
+ public:
+  /// `hash` makes the call's `CallHash`, where that is needed.
+  template <class Hash>
+  Candidates(const Node* node, const Hash& hash)
+      : indexed_(node->index != nullptr),
+        child_(C10_LIKELY(!indexed_) ? node->child : node->index->find(hash().value())) {}
+
+  Node* get() const { return child_; }
+  void next() { child_ = C10_LIKELY(!indexed_) ? child_->sibling : child_->same_hash; }
+
+ private:
+  bool indexed_;
+  Node* child_;
+};
 
 class Matcher {
  public:

@@ -82,6 +82,7 @@ struct Program {
   bool from_store = false;
   /// Of a program over symbols: `s0 = 48 (s0: input 1 dim 0)`.
   std::string symbols;
+  std::string guards;  ///< and where it holds: `(!= s0 64), (== (% s1 8) 0)`
   std::shared_ptr<SharedProgram> shared;  ///< null where it is for one size alone
   /// What was compiled anew for: `input 1 dim 0: 48 was 64`.
   std::string reason;

@@ -433,14 +433,15 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
     return child->step->op == op && child->step->device_index == device_index;
   };
   Node* found = nullptr;
-  for (Node* child = cursor_->child; child != nullptr; child = child->sibling) {
+  const Candidates candidates(cursor_, [&] { return CallHash::of(arguments); });
+  for (Candidates each = candidates; Node* child = each.get(); each.next()) {
     if (is_candidate(child) && match(child, args, count, false, nullptr)) {
       found = child;
       break;
     }
   }
   if (found == nullptr && !how.constant_floats) {
-    for (Node* child = cursor_->child; child != nullptr; child = child->sibling) {
+    for (Candidates each = candidates; Node* child = each.get(); each.next()) {
       if (!is_candidate(child) || !match(child, args, count, true, nullptr)) continue;
       generalise(child, args, count);
       if (match(child, args, count, false, nullptr)) {
@@ -833,6 +834,7 @@ void Session::explain(std::string& out) {
                         "\n");
         if (!program->reason.empty()) out += "    " + program->reason + "\n";
         if (!program->symbols.empty()) out += "    over symbols: " + program->symbols + "\n";
+        if (!program->guards.empty()) out += "    where " + program->guards + "\n";
         break;
       case Program::State::kFailed:
         out += c10::str("    failed: ", program->problem, "\n");

@@ -7,9 +7,31 @@
 
 #include "lazy_backend/device.h"
 #include "lazy_backend/executor.h"
+#include "lazy_backend/match.h"
 #include "reprise/options.h"
 
 namespace reprise {
+
+namespace {
+
+uint64_t hash_of(const Step& step) { return CallHash::of(step.args).value(); }
+
+}  // namespace
+
+void ChildIndex::add(Node* child) {
+  // Last, as among its siblings.
+  Node** place = &first_[hash_of(*child->step)];
+  while (*place != nullptr) place = &(*place)->same_hash;
+  *place = child;
+}
+
+void ChildIndex::remove(Node* child) {
+  const auto found = first_.find(hash_of(*child->step));
+  Node** place = &found->second;
+  while (*place != child) place = &(*place)->same_hash;
+  *place = child->same_hash;
+  if (found->second == nullptr) first_.erase(found);
+}
 
 Node::Node() = default;
 Node::~Node() = default;
@@ -88,11 +110,12 @@ Node* TraceTree::root(uint64_t environment) {
 }
 
 Node* TraceTree::find(const Node* node, const Step& step) {
-  for (Node* child = node->child; child != nullptr; child = child->sibling) {
+  const Candidates candidates(node, [&] { return CallHash::of(step.args); });
+  for (Candidates each = candidates; Node* child = each.get(); each.next()) {
     if (child->step->same(step, /*floats_may_differ=*/false)) return child;
   }
   if (step.constant_floats) return nullptr;
-  for (Node* child = node->child; child != nullptr; child = child->sibling) {
+  for (Candidates each = candidates; Node* child = each.get(); each.next()) {
     if (!child->step->same(step, /*floats_may_differ=*/true)) continue;
     auto general = with_dynamic_floats(*child->step, step);
     if (!general) continue;
@@ -108,8 +131,15 @@ Node* TraceTree::extend(Node* node, StepPtr step) {
   Node* child = make_node(node, std::move(step));
   // Last, so that the common path stays first.
   Node** place = &node->child;
-  while (*place != nullptr) place = &(*place)->sibling;
+  size_t children = 1;
+  for (; *place != nullptr; place = &(*place)->sibling) ++children;
   *place = child;
+  if (node->index != nullptr) {
+    node->index->add(child);
+  } else if (children > kFewChildren) {
+    node->index = std::make_unique<ChildIndex>();
+    for (Node* each = node->child; each != nullptr; each = each->sibling) node->index->add(each);
+  }
   return child;
 }
 
@@ -130,6 +160,7 @@ void TraceTree::drop_programs(Node* node) {
 void TraceTree::prune(Node* node) {
   while (node->step != nullptr && node->child == nullptr && node->end == nullptr) {
     Node* parent = node->parent;
+    if (parent->index != nullptr) parent->index->remove(node);
     Node** place = &parent->child;
     while (*place != node) place = &(*place)->sibling;
     *place = node->sibling;

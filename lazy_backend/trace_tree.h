@@ -17,12 +17,29 @@
 namespace reprise {
 
 struct SegmentEnd;
+struct Node;
+
+/// The children of a node with many, by `CallHash`.
+class ChildIndex {
+ public:
+  Node* find(uint64_t hash) const {
+    const auto found = first_.find(hash);
+    return found == first_.end() ? nullptr : found->second;
+  }
+  void add(Node* child);
+  void remove(Node* child);
+
+ private:
+  std::unordered_map<uint64_t, Node*> first_;
+};
 
 struct Node {
   StepPtr step;  ///< null in a root
   Node* parent = nullptr;
   Node* child = nullptr;    ///< the first of its children
   Node* sibling = nullptr;  ///< the next of its parent's children
+  std::unique_ptr<ChildIndex> index;  ///< null where there are few children
+  Node* same_hash = nullptr;          ///< the next of its parent's children with its hash
   /// A step of the user's program ends here, whatever comes next.
   bool cut = false;
   uint32_t depth = 0;  ///< steps from the root
@@ -89,6 +106,9 @@ class TraceTree {
   Node* make_node(Node* parent, StepPtr step);
   /// Removes a node without children and end, and its parents that become such.
   void prune(Node* node);
+
+  /// So many children are searched one by one.
+  static constexpr size_t kFewChildren = 8;
 
   size_t size_ = 0;
   size_t bytes_ = 0;

@@ -207,7 +207,7 @@ Compiled compare_compiled(const std::vector<Program>& programs) {
   const bool change = std::any_of(programs.begin(), programs.end(),
                                    [](const Program& program) { return program.changes(); });
   options().dynamic_shapes = change;
-  const uint32_t times = change ? 4 : 1;
+  uint32_t times = change ? 4 : 1;
   Compiled result;
   const uint64_t refused = statistics().program_failures;
   std::vector<std::vector<Outcome>> eager;
@@ -261,6 +261,13 @@ Compiled compare_compiled(const std::vector<Program>& programs) {
     return result;
   }
   result.replayed = programs.size();
+  // Two sizes that were never seen before.
+  for (uint32_t more = 0; change && more < 2; ++more) {
+    eager.push_back(run_all(programs, backing_device(), times));
+    lazy.push_back(run_all(programs, torch::kLazy, times));
+    mark_step();
+    ++times;
+  }
   for (size_t k = 0; k < programs.size(); ++k) {
     for (uint32_t time = 0; time < times; ++time) {
       auto found = difference_when_compiled(programs[k], time, lazy[time][k], eager[time][k]);

@@ -32,7 +32,7 @@ struct Compiled {
 /// Runs the first time of each of `programs`, without what reads, as one segment, and
 /// compares what its compiled program returns. Where sizes or numbers of one of them
 /// change, the first four times, each as a segment of its own: of those that differ in
-/// nothing else, one program over symbols may serve several.
+/// nothing else, one program over symbols may serve several. Then two more times, once each.
 ///
 /// Inductor computes in another order than eager, and some programs magnify that. How
 /// far a program's values may move is measured: eager runs it again with every value

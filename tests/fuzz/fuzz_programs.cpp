@@ -130,6 +130,7 @@ class Fuzzer {
     }
     const reprise::Statistics did = reprise::statistics();
     std::cout << did.ops_recorded << " ops recorded, " << did.ops_verified << " verified, "
+              << did.ops_inferred << " inferred, "
               << did.mismatches << " mismatches; " << compiled_ << " programs ran compiled, "
               << not_compiled_ << " could not\n"
               << done_ << " programs, " << differences_ << " differences\n";
