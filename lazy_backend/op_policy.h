@@ -7,10 +7,13 @@
 #include <c10/util/SmallVector.h>
 
 #include <cstdint>
+#include <memory>
 
 #include "lazy_backend/trace.h"
 
 namespace reprise {
+
+class ShapeInference;
 
 struct OpPolicy {
   enum class Kind : uint8_t {
@@ -49,6 +52,8 @@ struct OpPolicy {
   uint32_t number = 0;
   /// The index of a `Device` argument, or -1.
   int device_argument = -1;
+  /// Made when it is first asked for, by the session that keeps this.
+  mutable std::shared_ptr<const ShapeInference> shapes;
 };
 
 /// Computes the policy of an op; callers keep it.

@@ -126,8 +126,12 @@ PatternTree::Node* PatternTree::insert(uint64_t environment, std::vector<StepPtr
     step = taking_dynamic_floats(std::move(step), *next->step);
     node = next;
   }
-  if (!node->pattern) node->pattern = std::make_shared<Pattern>();
   return node;
+}
+
+const std::shared_ptr<Pattern>& PatternTree::pattern_of(Node& node) {
+  if (!node.pattern) node.pattern = std::make_shared<Pattern>();
+  return node.pattern;
 }
 
 void PatternTree::refresh() {

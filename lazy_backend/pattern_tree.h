@@ -77,6 +77,8 @@ class PatternTree {
   /// The child whose step is alike, floats included; or null.
   static Node* find(const Node* node, const Step& step);
 
+  static const std::shared_ptr<Pattern>& pattern_of(Node& node);
+
   /// The end of the path of these steps, made where it is missing. Where floats differ from
   /// what was there, they become dynamic, in the tree and in `steps`.
   Node* insert(uint64_t environment, std::vector<StepPtr>& steps, size_t count);

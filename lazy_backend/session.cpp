@@ -560,7 +560,8 @@ bool Session::infer(const c10::OperatorHandle& op, const OpPolicy& how,
     const BelowUserModes below;
     recorder.take_arguments(values);
     next = next_pattern(recorder.step());
-    if (next != nullptr && infer_results(op, *next->step, values)) {
+    if (how.shapes == nullptr) how.shapes = std::make_shared<ShapeInference>(op);
+    if (next != nullptr && how.shapes->infer(*next->step, values)) {
       step = recorder.take_results(values);
       if (step != nullptr && !next->step->alike(*step, /*floats_may_differ=*/false)) step = nullptr;
     }
@@ -616,7 +617,7 @@ void Session::stop_inferring() {
 }
 
 Node& Session::finish_inferring(const char* reason) {
-  Node& node = *insert(log_.size(), /*cut=*/false);
+  Node& node = *insert(log_.size(), /*cut=*/false, pattern_);
   pattern_ = nullptr;
   ++inferred_;
   found_again();
@@ -750,16 +751,17 @@ void Session::make_room() {
   }
 }
 
-Node* Session::insert(size_t count, bool cut) {
+Node* Session::insert(size_t count, bool cut, PatternTree::Node* pattern) {
   make_room();
-  PatternTree::Node* pattern =
-      options().dynamic_shapes ? patterns_.insert(environment_, log_, count) : nullptr;
+  if (pattern == nullptr && options().dynamic_shapes) {
+    pattern = patterns_.insert(environment_, log_, count);
+  }
   Node* node = root_;
   for (size_t k = 0; k < count; ++k) node = tree_.extend(node, log_[k]);
   if (pattern != nullptr) {
     SegmentEnd& end = end_of(*node);
-    if (end.pattern != pattern->pattern) {
-      end.pattern = pattern->pattern;
+    if (end.pattern == nullptr || end.pattern != pattern->pattern) {
+      end.pattern = PatternTree::pattern_of(*pattern);
       end.pattern->add_size(end.name, {log_.begin(), log_.begin() + static_cast<std::ptrdiff_t>(count)},
                             current_);
     }

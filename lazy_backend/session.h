@@ -131,7 +131,9 @@ class Session {
   void after_recorded();
   void refeed();
   void drop_front(size_t count);
-  Node* insert(size_t count, bool cut);
+  /// Where `cut`, a step of the user's ends there. `pattern`: where the steps lie among the
+  /// patterns, if that is known.
+  Node* insert(size_t count, bool cut, PatternTree::Node* pattern = nullptr);
   void make_room();
   std::optional<size_t> feed(const Step& step);
   /// A whole segment was verified: recording pays.

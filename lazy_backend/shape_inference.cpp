@@ -51,12 +51,9 @@ const MetaKernels& meta_kernels() {
   return *kernels;
 }
 
-bool ask_kernel(const c10::OperatorName& name, const c10::OperatorHandle& op,
-                torch::jit::Stack& stack) {
+const c10::SafeKernelFunction* kernel_of(const c10::OperatorName& name) {
   const auto found = meta_kernels().find(name);
-  if (found == meta_kernels().end()) return false;
-  found->second.callBoxed(op, c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
-  return true;
+  return found == meta_kernels().end() ? nullptr : &found->second;
 }
 
 // ---------------------------------------------------------------------------
@@ -371,17 +368,18 @@ const std::unordered_map<std::string_view, Rule>& rules() {
   return *table;
 }
 
-/// In-place ops on one tensor: whatever its size, it comes back.
-bool writes_one_tensor(const c10::OperatorHandle& op, c10::ArrayRef<c10::IValue> arguments) {
-  const auto& schema = op.schema();
-  if (schema.returns().size() != 1 || arguments.empty() || !arguments[0].isTensor()) return false;
+/// In-place ops of which no other argument is a tensor: whatever its size, it comes back.
+bool writes_one_tensor(const c10::FunctionSchema& schema) {
+  if (schema.returns().size() != 1 || schema.arguments().empty()) return false;
   const auto* argument = schema.arguments()[0].alias_info();
   const auto* result = schema.returns()[0].alias_info();
   if (argument == nullptr || result == nullptr || !argument->isWrite() || !(*argument == *result)) {
     return false;
   }
-  return std::none_of(arguments.begin() + 1, arguments.end(), [](const c10::IValue& value) {
-    return value.isList() ? !value.isIntList() : value.isTensor() && value.toTensor().dim() > 0;
+  return std::none_of(schema.arguments().begin() + 1, schema.arguments().end(), [](const auto& each) {
+    return each.type()->isSubtypeOf(*c10::TensorType::get()) ||
+           each.type()->isSubtypeOf(*c10::OptionalType::ofTensor()) ||
+           each.type()->isSubtypeOf(*c10::ListType::ofTensors());
   });
 }
 
@@ -429,13 +427,8 @@ at::Tensor lying_like(const Sizes& sizes, const Result& like) {
                            at::TensorOptions().dtype(geometry.dtype).device(c10::kMeta));
 }
 
-bool ask_rule(const c10::OperatorHandle& op, const Step& like, torch::jit::Stack& stack) {
-  const auto& name = op.operator_name();
-  const auto found = rules().find(name.overload_name.empty()
-                                      ? name.name
-                                      : name.name + "." + name.overload_name);
-  if (found == rules().end()) return false;
-  const std::vector<Sizes> sizes = found->second(Call(stack));
+bool ask_rule(Rule rule, const Step& like, torch::jit::Stack& stack) {
+  const std::vector<Sizes> sizes = rule(Call(stack));
   torch::jit::Stack results;
   for (size_t k = 0; k < like.results.size(); ++k) {
     const Result& result = like.results[k];
@@ -455,30 +448,54 @@ bool ask_rule(const c10::OperatorHandle& op, const Step& like, torch::jit::Stack
 
 void keep_meta_kernels() { (void)meta_kernels(); }
 
-bool infer_results(const c10::OperatorHandle& op, const Step& like, torch::jit::Stack& stack) {
-  if (ask_kernel(op.operator_name(), op, stack)) return true;
-  if (writes_one_tensor(op, stack)) {
-    stack.resize(1);
-    return true;
+ShapeInference::ShapeInference(const c10::OperatorHandle& op) : op_(op) {
+  const auto& name = op.operator_name();
+  // An alias as `view` makes it, which autograd is not to know of.
+  if (name.name == "aten::_unsafe_view") {
+    op_ = c10::Dispatcher::singleton().findSchemaOrThrow("aten::view", "");
   }
-  if (op.schema().returns().empty() && lists_fit(stack)) {
-    stack.clear();
-    return true;
+  kernel_ = kernel_of(op_.operator_name());
+  const auto found = rules().find(name.overload_name.empty()
+                                      ? name.name
+                                      : name.name + "." + name.overload_name);
+  if (kernel_ != nullptr) {
+    way_ = Way::kKernel;
+  } else if (found != rules().end()) {
+    way_ = Way::kRule;
+    rule_ = &found->second;
+  } else if (name.name == "aten::copy_") {
+    way_ = Way::kCopy;
+  } else if (writes_one_tensor(op.schema())) {
+    way_ = Way::kOneTensor;
+  } else if (op.schema().returns().empty()) {
+    way_ = Way::kLists;
   }
-  static const c10::OperatorName copy("aten::copy_", "");
-  if (op.operator_name() == copy) {
-    const auto sizes = stack[0].toTensor().sizes();
-    if (at::infer_size_dimvector(sizes, stack[1].toTensor().sizes()) != Sizes(sizes)) return false;
-    stack.resize(1);
-    return true;
+}
+
+bool ShapeInference::infer(const Step& like, torch::jit::Stack& stack) const {
+  switch (way_) {
+    case Way::kUnknown:
+      return false;
+    case Way::kKernel:
+      kernel_->callBoxed(op_, c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
+      return true;
+    case Way::kRule:
+      return ask_rule(*static_cast<const Rule*>(rule_), like, stack);
+    case Way::kCopy: {
+      const auto sizes = stack[0].toTensor().sizes();
+      if (at::infer_size_dimvector(sizes, stack[1].toTensor().sizes()) != Sizes(sizes)) return false;
+      stack.resize(1);
+      return true;
+    }
+    case Way::kOneTensor:
+      stack.resize(1);
+      return true;
+    case Way::kLists:
+      if (!lists_fit(stack)) return false;
+      stack.clear();
+      return true;
   }
-  // As `view`, which the user is not to know of.
-  static const c10::OperatorHandle unsafe_view =
-      c10::Dispatcher::singleton().findSchemaOrThrow("aten::_unsafe_view", "");
-  static const c10::OperatorHandle view =
-      c10::Dispatcher::singleton().findSchemaOrThrow("aten::view", "");
-  if (op == unsafe_view) return ask_kernel(view.operator_name(), view, stack);
-  return ask_rule(op, like, stack);
+  return false;
 }
 
 }  // namespace reprise

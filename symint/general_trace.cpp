@@ -332,6 +332,7 @@ std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
     sizes.push_back(*found[site]);
     size_values.push_back(std::move(values));
   }
+  std::map<std::string, uint32_t> numbered;
   constexpr size_t kAnyConstants = 8;
   std::map<Values, std::optional<Expression>> fits;  // the same numbers come again and again
   for (size_t site = 0; site < like.sites.size(); ++site) {
@@ -356,14 +357,17 @@ std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
       }
       found[site] = known->second;
     }
-    general.expected_.push_back(*found[site]);
+    const auto [known, missing] =
+        numbered.try_emplace(found[site]->text(), static_cast<uint32_t>(numbered.size()));
+    if (missing) general.expressions_.push_back(*found[site]);
+    general.expected_.push_back(known->second);
   }
   if (general.symbols_.empty()) return give_up("nothing differs");
 
   std::string& text = general.text_;
   for (size_t site = 0; site < like.sites.size(); ++site) {
     text += like.pieces[site];
-    const Expression& expression = general.expected_[site];
+    const Expression& expression = general.expressions_[general.expected_[site]];
     if (expression.kind() == Kind::kConstant) {
       text += std::to_string(expression.value());
       continue;
@@ -400,8 +404,11 @@ std::optional<Values> GeneralTrace::symbols_of(std::span<const int64_t> integers
     symbols.push_back(symbol(integers, k));
     if (symbols.back() < 2) return std::nullopt;
   }
+  std::vector<std::optional<int64_t>> values;
+  values.reserve(expressions_.size());
+  for (const Expression& expression : expressions_) values.push_back(expression.evaluate(symbols));
   for (size_t site = 0; site < expected_.size(); ++site) {
-    if (expected_[site].evaluate(symbols) != integers[site]) return std::nullopt;
+    if (values[expected_[site]] != integers[site]) return std::nullopt;
   }
   return symbols;
 }
@@ -415,9 +422,10 @@ std::string GeneralTrace::mismatch(std::span<const int64_t> integers) const {
     if (symbols[k] < 2) return place(sites_[site], site) + " is " + std::to_string(integers[site]);
   }
   for (size_t site = 0; site < expected_.size(); ++site) {
-    const auto value = expected_[site].evaluate(symbols);
+    const Expression& expression = expressions_[expected_[site]];
+    const auto value = expression.evaluate(symbols);
     if (value == integers[site]) continue;
-    return place(sites_[site], site) + ": " + expected_[site].text() + " gives " +
+    return place(sites_[site], site) + ": " + expression.text() + " gives " +
            (value ? std::to_string(*value) : "nothing") + ", it is " + std::to_string(integers[site]);
   }
   return "";

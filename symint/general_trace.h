@@ -82,7 +82,8 @@ class GeneralTrace {
   size_t numbers_ = 0;
   int64_t symbol(std::span<const int64_t> integers, size_t k) const;
   std::vector<SplitTrace::Site> sites_;
-  std::vector<Expression> expected_;  ///< at each site
+  std::vector<Expression> expressions_;  ///< each once
+  std::vector<uint32_t> expected_;       ///< at each site, among `expressions_`
 };
 
 /// An expression over symbols whose values in each member are `symbols[member]`, which
