@@ -17,6 +17,7 @@
 #include "compiler_bridge/artifact_store.h"
 #include "compiler_bridge/compiler_abi.h"
 #include "compiler_bridge/package_runner.h"
+#include "compiler_bridge/trace_outline.h"
 #include "compiler_bridge/trace_writer.h"
 #include "lazy_backend/json_text.h"
 #include "lazy_backend/log.h"
@@ -219,7 +220,7 @@ void CompileQueue::process(Program& program) {
   }
 
   std::optional<SplitTrace> split;
-  ProgramFamilies::Family* family = nullptr;
+  ProgramFamily* family = nullptr;
   if (options().dynamic_shapes) family = &note(split.emplace(trace));
   if (auto runner = load(key)) {
     program.runner = std::move(runner);
@@ -242,23 +243,31 @@ void CompileQueue::process_all_sizes(Program& program) {
     note(SplitTrace(write_trace(other)));
   }
   program.other_sizes.clear();
-  const SplitTrace split(write_trace(program));
-  if (serve_or_compile(program, split, note(split))) return finish(program, "");
+  auto outline = std::make_shared<TraceOutline>();
+  const SplitTrace split(write_trace(program, outline.get()));
+  ProgramFamily& family = note(split);
+  std::vector<int64_t> integers;
+  outline->complete = outline->complete && outline->apply(program, integers) &&
+                      integers == split.integers;
+  if (!outline->complete) REPRISE_LOG(2, program.name, ": other sizes' traces must be written out");
+  program.outline = std::move(outline);
+  program.family = &family;
+  if (serve_or_compile(program, split, family)) return finish(program, "");
   // Each size can still have a program of its own.
   program.problem = program.reason;
   program.state.store(Program::State::kFailed, std::memory_order_release);
 }
 
-ProgramFamilies::Family& CompileQueue::note(const SplitTrace& split) {
+ProgramFamily& CompileQueue::note(const SplitTrace& split) {
   const std::lock_guard lock(families_mutex_);
-  ProgramFamilies::Family& family = families_.of(split);
+  ProgramFamily& family = families_.of(split);
   family.note(split.integers);
   return family;
 }
 
-bool CompileQueue::serve(Program& program, const SplitTrace& split,
-                         const ProgramFamilies::Family& family) {
-  auto serving = family.serving(split.integers);
+bool CompileQueue::serve(Program& program, const std::vector<int64_t>& integers,
+                         const ProgramFamily& family) {
+  auto serving = family.serving(integers);
   if (!serving) return false;
   program.runner = std::move(serving->runner);
   program.shared = std::move(serving->shared);
@@ -275,15 +284,26 @@ bool CompileQueue::serve(Program& program, const SplitTrace& split,
   return true;
 }
 
-bool CompileQueue::share(Program& program) try {
-  const SplitTrace split(write_trace(program));
+bool CompileQueue::share(Program& program, const Program& like) try {
+  std::vector<int64_t> integers;
+  const ProgramFamily* family = nullptr;
+  if (like.outline != nullptr && like.outline->complete &&
+      like.outline->apply(program, integers)) {
+    family = like.family;
+  } else {
+    program.inputs.clear();
+    program.outputs.clear();
+    SplitTrace split(write_trace(program));
+    integers = std::move(split.integers);
+    const std::lock_guard lock(families_mutex_);
+    family = families_.find(split);
+  }
   {
     const std::lock_guard lock(families_mutex_);
-    const ProgramFamilies::Family* family = families_.find(split);
-    if (family == nullptr || !serve(program, split, *family)) {
+    if (family == nullptr || !serve(program, integers, *family)) {
       REPRISE_LOG(1, program.name, ": not served by the program of other sizes: ",
                   family == nullptr ? "it differs from them in more than integers"
-                                    : family->differences(split.integers));
+                                    : family->differences(integers));
       return false;
     }
   }
@@ -296,11 +316,11 @@ bool CompileQueue::share(Program& program) try {
 }
 
 bool CompileQueue::serve_or_compile(Program& program, const SplitTrace& split,
-                                    ProgramFamilies::Family& family) {
+                                    ProgramFamily& family) {
   std::optional<GeneralTrace> general;
   {
     const std::lock_guard lock(families_mutex_);
-    if (serve(program, split, family)) {
+    if (serve(program, split.integers, family)) {
       metrics().programs_shared.add(1);
       return true;
     }
@@ -325,7 +345,7 @@ bool CompileQueue::serve_or_compile(Program& program, const SplitTrace& split,
       auto guards = read_guards(ArtifactStore::get().path(key));
       const std::lock_guard lock(families_mutex_);
       family.add({std::move(*general), std::move(guards), std::move(runner)});
-      if (serve(program, split, family)) return true;
+      if (serve(program, split.integers, family)) return true;
       problem = "the compiler took for granted what does not hold for this trace";
     }
   } catch (const std::exception& error) {

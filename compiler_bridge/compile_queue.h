@@ -26,10 +26,10 @@ class CompileQueue {
   /// Takes a program; its state changes when it is done. From any thread.
   void push(std::shared_ptr<Program> program);
 
-  /// Makes the program ready with one over symbols that is there already. Returns false, and
-  /// leaves it as it was but for its inputs and outputs, where none serves it. From any
-  /// thread.
-  bool share(Program& program);
+  /// Makes the program ready with one over symbols, as `like` has it for another size.
+  /// Returns false, and leaves it as it was but for its inputs and outputs, where none
+  /// serves it. From any thread.
+  bool share(Program& program, const Program& like);
 
   /// Something is being recorded: a compile will come. Begins the imports, which
   /// take seconds, unless earlier runs have filled the artifact store.
@@ -57,12 +57,12 @@ class CompileQueue {
   std::shared_ptr<Runner> compile(Program& program, const std::string& trace,
                                   const std::string& key, std::string* problem);
   /// The family of a trace, which is now one of its members.
-  ProgramFamilies::Family& note(const SplitTrace& trace);
+  ProgramFamily& note(const SplitTrace& trace);
   /// Serves the program by one over symbols that is there.
-  static bool serve(Program& program, const SplitTrace& trace,
-                    const ProgramFamilies::Family& family);
+  static bool serve(Program& program, const std::vector<int64_t>& integers,
+                    const ProgramFamily& family);
   /// As above, compiled now where that is worth it.
-  bool serve_or_compile(Program& program, const SplitTrace& trace, ProgramFamilies::Family& family);
+  bool serve_or_compile(Program& program, const SplitTrace& trace, ProgramFamily& family);
   void finish(Program& program, std::string problem);
   bool open_compiler(std::string* problem);
 

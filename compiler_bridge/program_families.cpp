@@ -7,7 +7,7 @@
 
 namespace reprise {
 
-const Expression* ProgramFamilies::General::broken_guard(
+const Expression* GeneralProgram::broken_guard(
     const std::vector<int64_t>& symbols) const {
   const auto broken = std::find_if(guards.begin(), guards.end(), [&](const Expression& guard) {
     return guard.evaluate(symbols).value_or(0) == 0;
@@ -15,7 +15,7 @@ const Expression* ProgramFamilies::General::broken_guard(
   return broken == guards.end() ? nullptr : &*broken;
 }
 
-std::optional<ProgramFamilies::Family::Serving> ProgramFamilies::Family::serving(
+std::optional<ProgramFamily::Serving> ProgramFamily::serving(
     const std::vector<int64_t>& integers) const {
   for (auto program = programs_.rbegin(); program != programs_.rend(); ++program) {
     if (program->shared->wrong) continue;
@@ -37,13 +37,13 @@ std::optional<ProgramFamilies::Family::Serving> ProgramFamilies::Family::serving
   return std::nullopt;
 }
 
-void ProgramFamilies::Family::note(const std::vector<int64_t>& integers) {
+void ProgramFamily::note(const std::vector<int64_t>& integers) {
   if (std::find(members_.begin(), members_.end(), integers) != members_.end()) return;
   if (members_.size() == kMostMembers) members_.erase(members_.begin());
   members_.push_back(integers);
 }
 
-std::optional<GeneralTrace> ProgramFamilies::Family::generalise(
+std::optional<GeneralTrace> ProgramFamily::generalise(
     const std::vector<int64_t>& integers, std::string& problem) {
   problem.clear();
   if (members_.size() < 2) return std::nullopt;  // the first size
@@ -60,9 +60,9 @@ std::optional<GeneralTrace> ProgramFamilies::Family::generalise(
   return general;
 }
 
-std::string ProgramFamilies::Family::differences(const std::vector<int64_t>& integers) const {
+std::string ProgramFamily::differences(const std::vector<int64_t>& integers) const {
   if (!programs_.empty()) {
-    const General& last = programs_.back();
+    const GeneralProgram& last = programs_.back();
     const auto symbols = last.trace.symbols_of(integers);
     if (!symbols) return last.trace.mismatch(integers);
     if (const Expression* guard = last.broken_guard(*symbols)) {
@@ -84,11 +84,11 @@ std::string ProgramFamilies::Family::differences(const std::vector<int64_t>& int
   return text.empty() ? elsewhere : text;
 }
 
-ProgramFamilies::Family& ProgramFamilies::of(const SplitTrace& trace) {
+ProgramFamily& ProgramFamilies::of(const SplitTrace& trace) {
   return families_.try_emplace(trace.skeleton(), trace).first->second;
 }
 
-const ProgramFamilies::Family* ProgramFamilies::find(const SplitTrace& trace) const {
+const ProgramFamily* ProgramFamilies::find(const SplitTrace& trace) const {
   const auto found = families_.find(trace.skeleton());
   return found == families_.end() ? nullptr : &found->second;
 }

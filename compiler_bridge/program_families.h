@@ -14,66 +14,66 @@
 
 namespace reprise {
 
+/// A compiled trace over symbols.
+struct GeneralProgram {
+  GeneralTrace trace;
+  std::vector<Expression> guards;  ///< what the compiler took for granted
+  std::shared_ptr<Runner> runner;
+  std::shared_ptr<SharedProgram> shared = std::make_shared<SharedProgram>();
+
+  /// A guard that does not hold for these symbols, or null.
+  const Expression* broken_guard(const std::vector<int64_t>& symbols) const;
+};
+
+/// The traces that differ in integers alone. Not thread-safe.
+class ProgramFamily {
+ public:
+  explicit ProgramFamily(SplitTrace like) : like_(std::move(like)) {}
+
+  /// Of a program that is right for a trace with these integers: its runner, and what
+  /// the symbols are.
+  struct Serving {
+    std::shared_ptr<Runner> runner;
+    std::shared_ptr<SharedProgram> shared;
+    std::string symbols, guards;
+    std::vector<int64_t> numbers;  ///< sizes that tell it the numbers
+  };
+  std::optional<Serving> serving(const std::vector<int64_t>& integers) const;
+
+  /// There is a trace with these integers.
+  void note(const std::vector<int64_t>& integers);
+  /// A trace over symbols that covers one with these integers, which was noted, where
+  /// one is worth a compile. Where there is none, `problem` says why.
+  std::optional<GeneralTrace> generalise(const std::vector<int64_t>& integers,
+                                         std::string& problem);
+  void add(GeneralProgram program) { programs_.push_back(std::move(program)); }
+
+  /// What makes a trace with these integers another than the one before it:
+  /// `input 0 dim 1: 48 was 64`; or than the last program over symbols says.
+  std::string differences(const std::vector<int64_t>& integers) const;
+
+ private:
+  /// Further guesses are not worth their compiles.
+  static constexpr int kMostPrograms = 4;
+  /// Traces kept to make guesses of.
+  static constexpr size_t kMostMembers = 8;
+
+  const SplitTrace like_;
+  std::vector<std::vector<int64_t>> members_;
+  std::vector<GeneralProgram> programs_;
+  int tried_ = 0;
+};
+
 /// Not thread-safe.
 class ProgramFamilies {
  public:
-  /// A compiled trace over symbols.
-  struct General {
-    GeneralTrace trace;
-    std::vector<Expression> guards;  ///< what the compiler took for granted
-    std::shared_ptr<Runner> runner;
-    std::shared_ptr<SharedProgram> shared = std::make_shared<SharedProgram>();
-
-    /// A guard that does not hold for these symbols, or null.
-    const Expression* broken_guard(const std::vector<int64_t>& symbols) const;
-  };
-
-  class Family {
-   public:
-    explicit Family(SplitTrace like) : like_(std::move(like)) {}
-
-    /// Of a program that is right for a trace with these integers: its runner, and what
-    /// the symbols are.
-    struct Serving {
-      std::shared_ptr<Runner> runner;
-      std::shared_ptr<SharedProgram> shared;
-      std::string symbols, guards;
-      std::vector<int64_t> numbers;  ///< sizes that tell it the numbers
-    };
-    std::optional<Serving> serving(const std::vector<int64_t>& integers) const;
-
-    /// There is a trace with these integers.
-    void note(const std::vector<int64_t>& integers);
-    /// A trace over symbols that covers one with these integers, which was noted, where
-    /// one is worth a compile.
-    /// Where there is none, `problem` says why.
-    std::optional<GeneralTrace> generalise(const std::vector<int64_t>& integers,
-                                           std::string& problem);
-    void add(General program) { programs_.push_back(std::move(program)); }
-
-    /// What makes a trace with these integers another than the one before it:
-    /// `input 0 dim 1: 48 was 64`; or than the last program over symbols says.
-    std::string differences(const std::vector<int64_t>& integers) const;
-
-   private:
-    /// Further guesses are not worth their compiles.
-    static constexpr int kMostPrograms = 4;
-    /// Traces kept to make guesses of.
-    static constexpr size_t kMostMembers = 8;
-
-    const SplitTrace like_;
-    std::vector<std::vector<int64_t>> members_;
-    std::vector<General> programs_;
-    int tried_ = 0;
-  };
-
   /// The family of a trace, made where there is none. It stays where it is.
-  Family& of(const SplitTrace& trace);
+  ProgramFamily& of(const SplitTrace& trace);
   /// As above, null where there is none.
-  const Family* find(const SplitTrace& trace) const;
+  const ProgramFamily* find(const SplitTrace& trace) const;
 
  private:
-  std::unordered_map<std::string, Family> families_;
+  std::unordered_map<std::string, ProgramFamily> families_;
 };
 
 /// The guards beside a package, one a line. Throws where they are missing or no

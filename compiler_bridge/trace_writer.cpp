@@ -9,6 +9,7 @@
 #include <map>
 #include <optional>
 
+#include "compiler_bridge/trace_outline.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/json_text.h"
 
@@ -65,38 +66,54 @@ std::string field(const char* name, const std::string& value) {
 
 class Writer {
  public:
-  explicit Writer(Program& program)
-      : program_(program), device_(backing_device_of(program.device_index)) {}
+  Writer(Program& program, TraceOutline& outline)
+      : program_(program), outline_(outline), device_(backing_device_of(program.device_index)) {}
 
   std::string write() {
+    number_geometries();
     find_slots();
     find_inputs();
     next_value_ = program_.inputs.size();
     for (size_t k = 0; k < program_.inputs.size(); ++k) {
       const ProgramInput& input = program_.inputs[k];
-      if (input.kind == ProgramInput::Kind::kSlot) define(input.index, input.geometry, k);
+      if (input.kind != ProgramInput::Kind::kSlot) continue;
+      define(input.index, input.geometry, k, outline_.inputs[k].geometry);
     }
     for (uint32_t k = 0; k < program_.steps.size(); ++k) write_step(k, *program_.steps[k]);
     return assemble();
   }
 
  private:
+  using Source = TraceOutline::Source;
   using Key = std::pair<uint32_t, std::vector<int64_t>>;
   static Key key(uint32_t slot, const Geometry& g) {
     std::vector<int64_t> k(g.dims.begin(), g.dims.end());
     k.insert(k.end(), {g.offset, static_cast<int64_t>(g.dtype), g.conjugate, g.negative});
     return {slot, std::move(k)};
   }
-  void define(uint32_t slot, const Geometry& geometry, size_t value) {
+  void define(uint32_t slot, const Geometry& geometry, size_t value, Source source) {
     values_[key(slot, geometry)] = value;
+    sources_.emplace(value, source);
     bases_.try_emplace(slot, std::make_pair(value, geometry));
+  }
+
+  void number_geometries() {
+    uint32_t arguments = 0, results = 0;
+    for (const StepPtr& step : program_.steps) {
+      first_argument_.push_back(arguments);
+      first_result_.push_back(results);
+      for_each_tensor(step->args, [&](const Arg&) { ++arguments; });
+      for_each_result(step->results, [&](const Result&) { ++results; });
+    }
   }
 
   void find_slots() {
     for (uint32_t k = 0; k < program_.steps.size(); ++k) {
       const Step& step = *program_.steps[k];
+      uint32_t number = first_result_[k];
       for_each_result(step.results, [&](const Result& result) {
-        if (result.kind == Result::Kind::kNew) creation_[result.slot] = {k, &result};
+        if (result.kind == Result::Kind::kNew) creation_[result.slot] = {k, &result, number};
+        ++number;
       });
       for (const uint32_t slot : step.written) {
         if (!creation_.contains(slot)) program_.writes_inputs = true;
@@ -108,17 +125,21 @@ class Writer {
   /// random numbers. A storage that is seen in several ways enters once, whole.
   void find_inputs() {
     std::map<uint32_t, std::vector<Geometry>> seen;
+    std::map<uint32_t, uint32_t> seen_at;  // the argument that met a slot
     std::vector<uint32_t> order;
     std::map<Key, bool> made;
     size_t scalars = 0;
     std::vector<ProgramInput> scalar_inputs, random_inputs;
     for (uint32_t k = 0; k < program_.steps.size(); ++k) {
       const Step& step = *program_.steps[k];
+      uint32_t number = first_argument_[k];
       for_each_tensor(step.args, [&](const Arg& arg) {
+        const uint32_t here = number++;
         if (creation_.contains(arg.slot) || made.contains(key(arg.slot, arg.geometry()))) return;
         if (is_random(step) && step.randomness == Randomness::kCreates) return;
         auto& geometries = seen[arg.slot];
         if (geometries.empty()) order.push_back(arg.slot);
+        seen_at.try_emplace(arg.slot, here);
         made[key(arg.slot, arg.geometry())] = true;
         geometries.push_back(arg.geometry());
       });
@@ -138,12 +159,21 @@ class Writer {
       ProgramInput input{ProgramInput::Kind::kSlot, slot, geometries.front()};
       if (geometries.size() > 1 || geometries.front().conjugate || geometries.front().negative) {
         input.geometry = whole(geometries);
+        outline_.complete = false;
       }
+      outline_.inputs.push_back({input.kind, input.index, {false, seen_at.at(slot)}});
       program_.inputs.push_back(std::move(input));
     }
     scalar_base_ = program_.inputs.size();
-    for (auto& input : scalar_inputs) program_.inputs.push_back(std::move(input));
+    for (auto& input : scalar_inputs) {
+      outline_.inputs.push_back({input.kind, input.index, {}});
+      program_.inputs.push_back(std::move(input));
+    }
     for (auto& input : random_inputs) {
+      const uint32_t step = input.index;
+      const bool fills = program_.steps[step]->randomness == Randomness::kFills;
+      outline_.inputs.push_back({input.kind, step,
+                                 {!fills, fills ? first_argument_[step] : first_result_[step]}});
       random_[input.index] = program_.inputs.size();
       program_.inputs.push_back(std::move(input));
     }
@@ -178,9 +208,15 @@ class Writer {
 
   // Values -------------------------------------------------------------------
 
-  size_t value_of(uint32_t slot, const Geometry& geometry) {
+  size_t value_of(uint32_t slot, const Geometry& geometry, Source source) {
     const auto found = values_.find(key(slot, geometry));
-    if (found != values_.end()) return found->second;
+    if (found != values_.end()) {
+      if (const auto defined = sources_.find(found->second); defined != sources_.end()) {
+        outline_.same.push_back({source, defined->second});
+      }
+      return found->second;
+    }
+    outline_.complete = false;
     // Seen in a way that no step made: a view that is only metadata.
     const auto [base, base_geometry] = bases_.at(slot);
     size_t value = base;
@@ -222,8 +258,12 @@ class Writer {
   std::string number(const Arg& arg) {
     const at::Tensor& recorded = arg.constant().toTensor();
     const std::string value = arg.dynamic ? next_scalar() : constant(recorded.item());
+    if (!arg.dynamic && c10::isIntegralType(recorded.scalar_type(), /*includeBool=*/false)) {
+      outline_.integers.push_back({step_, argument_});
+    }
     if (recorded.unsafeGetTensorImpl()->is_wrapped_number()) return value;
     // A tensor of no dimension, which takes part in type promotion as such.
+    outline_.complete = false;  // its number comes before those of arguments before it
     return tensor(emit("aten::scalar_tensor", "",
                        {value, field("dtype", dtype_text(recorded.scalar_type())), "null", "null",
                         "null"}));
@@ -261,6 +301,7 @@ class Writer {
         }
       }
       default:
+        outline_.integers.push_back({step_, argument_});
         return field("int", std::to_string(value));
     }
   }
@@ -271,7 +312,7 @@ class Writer {
       case Arg::Kind::kUndefined:
         return "null";
       case Arg::Kind::kTensor:
-        return tensor(value_of(arg.slot, arg.geometry()));
+        return tensor(value_of(arg.slot, arg.geometry(), {false, next_argument_++}));
       case Arg::Kind::kInt:
         return int_argument(arg.i, declared);
       case Arg::Kind::kBool:
@@ -281,6 +322,7 @@ class Writer {
       case Arg::Kind::kNumber:
         return number(arg);
       case Arg::Kind::kIntList:
+        outline_.integers.push_back({step_, argument_});
         return ints(arg.ints());
       case Arg::Kind::kDevice:
         return field("device", json_text(device_.str()));
@@ -301,7 +343,7 @@ class Writer {
       case Result::Kind::kNew:
       case Result::Kind::kAlias: {
         const size_t value = next_value_++;
-        define(r.slot, *r.geometry, value);
+        define(r.slot, *r.geometry, value, {true, next_result_++});
         return tensor(value);
       }
       case Result::Kind::kList:
@@ -312,13 +354,17 @@ class Writer {
   }
 
   void write_step(uint32_t k, const Step& step) {
+    step_ = k;
+    next_argument_ = first_argument_[k];
+    next_result_ = first_result_[k];
     if (is_random(step)) {
       const size_t numbers = random_.at(k);
       if (step.randomness == Randomness::kCreates) {
-        define(step.results[0].slot, *step.results[0].geometry, numbers);
+        define(step.results[0].slot, *step.results[0].geometry, numbers, {true, next_result_});
       } else {
         emit("aten::copy_", "",
-             {tensor(value_of(step.args[0].slot, step.args[0].geometry())), tensor(numbers),
+             {tensor(value_of(step.args[0].slot, step.args[0].geometry(), {false, next_argument_})),
+              tensor(numbers),
               field("bool", "false")});
       }
       return;
@@ -326,6 +372,7 @@ class Writer {
     const auto& declared = step.op.schema().arguments();
     std::vector<std::string> args;
     for (size_t a = 0; a < step.args.size(); ++a) {
+      argument_ = static_cast<uint32_t>(a);
       args.push_back(argument(step.args[a], declared[a]));
     }
     const auto& name = step.op.operator_name();
@@ -340,10 +387,12 @@ class Writer {
   std::string assemble() {
     std::vector<size_t> outputs;
     for (const uint32_t slot : program_.live) {
-      const auto& [step, created] = creation_.at(slot);
+      const auto& [step, created, number] = creation_.at(slot);
       if (is_random(*program_.steps[step])) continue;  // made beside the program
       program_.outputs.push_back({slot, *created->geometry, created->nbytes});
       outputs.push_back(values_.at(key(slot, *created->geometry)));
+      outline_.outputs.push_back({slot, number});
+      outline_.same.push_back({{true, number}, sources_.at(outputs.back())});
     }
     const auto input_text = [&](const ProgramInput& input) {
       const bool scalar = input.kind == ProgramInput::Kind::kScalar;
@@ -367,9 +416,21 @@ class Writer {
     return out;
   }
 
+  /// Which step and which result make a slot; results are numbered as in the outline.
+  struct Creation {
+    uint32_t step;
+    const Result* result;
+    uint32_t number;
+  };
+
   Program& program_;
+  TraceOutline& outline_;
   const c10::Device device_;
-  std::map<uint32_t, std::pair<uint32_t, const Result*>> creation_;
+  std::map<uint32_t, Creation> creation_;
+  std::vector<uint32_t> first_argument_, first_result_;  ///< of each step
+  uint32_t step_ = 0, argument_ = 0;                     ///< being written
+  uint32_t next_argument_ = 0, next_result_ = 0;
+  std::map<size_t, Source> sources_;  ///< of values
   std::map<Key, size_t> values_;
   std::map<uint32_t, std::pair<size_t, Geometry>> bases_;
   std::map<uint32_t, size_t> random_;
@@ -381,6 +442,12 @@ class Writer {
 
 }  // namespace
 
-std::string write_trace(Program& program) { return Writer(program).write(); }
+std::string write_trace(Program& program, TraceOutline* outline) {
+  TraceOutline unwanted;
+  TraceOutline& wanted = outline != nullptr ? *outline : unwanted;
+  std::string trace = Writer(program, wanted).write();
+  wanted.writes_inputs = program.writes_inputs;
+  return trace;
+}
 
 }  // namespace reprise

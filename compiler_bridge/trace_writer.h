@@ -9,9 +9,12 @@
 
 namespace reprise {
 
+struct TraceOutline;
+
 /// Sets `inputs`, `outputs` and `writes_inputs` of `program` from its `steps` and
 /// `live`, and returns the trace as JSON. Canonical: equal segments give equal
-/// text. Throws where a step cannot be written down.
-std::string write_trace(Program& program);
+/// text. Throws where a step cannot be written down. `outline`, where it is wanted, is
+/// an empty one.
+std::string write_trace(Program& program, TraceOutline* outline = nullptr);
 
 }  // namespace reprise

@@ -123,7 +123,7 @@ void share_program(SegmentEnd& end, const Segment& segment) {
   program->steps = end.steps;
   program->live = like->live;
   program->device_index = like->device_index;
-  if (!covers(*program, segment) || !CompileQueue::get().share(*program)) {
+  if (!covers(*program, segment) || !CompileQueue::get().share(*program, *like)) {
     end.pattern->note_unserved();
     return;
   }

@@ -38,6 +38,9 @@ struct ProgramOutput {
   bool copy = false;
 };
 
+class ProgramFamily;
+struct TraceOutline;
+
 /// What the sizes that share a program over symbols have found out about it. From any
 /// thread.
 struct SharedProgram {
@@ -83,6 +86,9 @@ struct Program {
   /// Of a program over symbols: `s0 = 48 (s0: input 1 dim 0)`.
   std::string symbols;
   std::string guards;  ///< and where it holds: `(!= s0 64), (== (% s1 8) 0)`
+  /// By which other sizes find their places in it; null where no others were asked for.
+  std::shared_ptr<const TraceOutline> outline;
+  const ProgramFamily* family = nullptr;
   std::shared_ptr<SharedProgram> shared;  ///< null where it is for one size alone
   /// What was compiled anew for: `input 1 dim 0: 48 was 64`.
   std::string reason;
