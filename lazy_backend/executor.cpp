@@ -136,6 +136,8 @@ void begin_check(SegmentEnd& end, Segment& segment) {
   ++end.interpreted;
   metrics().segments_interpreted.add(1);
   end.check = std::make_unique<ProgramCheck>(*end.program, segment);
+  // A size may never come again, and others wait for what is found at this one.
+  while (end.program->shared != nullptr && !end.check->decided()) end.check->run_disturbed();
   conclude(end);
 }
 
@@ -225,7 +227,7 @@ void launch(Node& node, Segment& segment) {
       demote_if_slower(end);
     }
   }
-  if (!options().compile || !worth_a_compile(end)) return;
+  if (!options().compile || end.once || !worth_a_compile(end)) return;
   const bool none = end.program == nullptr;
   const bool other_outputs = !none && end.wider == nullptr &&
                              end.program->state == Program::State::kReady &&

@@ -218,19 +218,17 @@ void Session::allocate(const c10::OperatorHandle& op, const OpPolicy& how,
 }
 
 void Session::metadata(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  // Only how the tensor lies over its storage changes: asked of a tensor that
-  // has no data, so that a pending one stays pending.
+  // Only how the tensor lies over its storage changes: asked of a tensor that has no data,
+  // so that a pending one stays pending. Not of one on the meta device, whose kernels are
+  // Python's once a Python has imported torch.
   const size_t count = op.schema().arguments().size();
   const at::Tensor self = (*stack)[stack->size() - count].toTensor();
-  const int64_t elements =
-      static_cast<int64_t>(self.storage().nbytes() / self.dtype().itemsize());
   const BelowUserModes below;
-  at::Tensor meta = at::empty({elements}, self.options().device(c10::kMeta))
-                        .as_strided(self.sizes(), self.strides(), self.storage_offset());
-  (*stack)[stack->size() - count] = meta;
+  const at::Tensor bare = stand_in(self);
+  (*stack)[stack->size() - count] = bare;
   op.callBoxed(stack);
-  self.unsafeGetTensorImpl()->set_sizes_and_strides(meta.sizes(), meta.strides(),
-                                                    meta.storage_offset());
+  self.unsafeGetTensorImpl()->set_sizes_and_strides(bare.sizes(), bare.strides(),
+                                                    bare.storage_offset());
   if (!stack->empty()) stack->back() = self;
 }
 

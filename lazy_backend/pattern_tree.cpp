@@ -4,6 +4,7 @@
 
 #include "compiler_bridge/compile_queue.h"
 #include "lazy_backend/log.h"
+#include "lazy_backend/match.h"
 #include "lazy_backend/metrics.h"
 #include "reprise/options.h"
 
@@ -70,6 +71,15 @@ const std::shared_ptr<Program>& Pattern::program() {
     requested_ = nullptr;
   }
   return program_;
+}
+
+bool Pattern::note_inferred(const std::vector<StepPtr>& steps) {
+  CallHash hash;
+  for (const StepPtr& step : steps) {
+    for (const Arg& arg : step->args) hash.add(arg);
+  }
+  if (inferred_.size() >= kMostRemembered) inferred_.clear();
+  return !inferred_.insert(hash.value()).second;
 }
 
 void Pattern::drop_programs() {

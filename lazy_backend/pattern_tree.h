@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "lazy_backend/program.h"
@@ -32,6 +33,12 @@ class Pattern {
   /// size's would have; null where there is none yet.
   const std::shared_ptr<Program>& program();
 
+  /// These steps were inferred. Returns whether a size with their integers was before, as
+  /// far as that is known.
+  bool note_inferred(const std::vector<StepPtr>& steps);
+  /// Its program is not looked at any more where it runs.
+  bool is_trusted() { return program() != nullptr && program_->shared->checked(); }
+
   /// No program serves this size: a step has changed, or the program takes for granted
   /// what does not hold.
   void note_unserved() { unserved_ = true; }
@@ -43,6 +50,7 @@ class Pattern {
   static constexpr uint64_t kSizes = 3;
   static constexpr size_t kMostExamples = 4;
   static constexpr int kMostRequests = 4;
+  static constexpr size_t kMostRemembered = 4096;
 
   uint64_t sizes_ = 0;
   uint64_t ops_ = 0;
@@ -50,6 +58,7 @@ class Pattern {
   int requests_ = 0;
   bool unserved_ = true;
   std::vector<std::vector<StepPtr>> examples_;
+  std::unordered_set<uint64_t> inferred_;  ///< sizes, by hash
   std::shared_ptr<Program> requested_, program_;
 };
 

@@ -292,6 +292,7 @@ void Session::forget() {
   end_segment("traces were forgotten");
   tree_.clear();
   patterns_.clear();
+  once_ = nullptr;
   finder_ = StepFinder();
   found_again();
   pause_ = 0;
@@ -590,11 +591,7 @@ bool Session::infer(const c10::OperatorHandle& op, const OpPolicy& how,
   torch::jit::drop(*stack, arguments.size());
   for (c10::IValue& value : values) stack->push_back(std::move(value));
   pattern_ = next;
-  if (next->cut) {
-    Node& node = finish_inferring("the step ends here");
-    node.cut = true;
-    close(&node);
-  }
+  if (next->cut) close(&finish_inferring("the step ends here"));
   return true;
 }
 
@@ -617,14 +614,29 @@ void Session::stop_inferring() {
 }
 
 Node& Session::finish_inferring(const char* reason) {
-  Node& node = *insert(log_.size(), /*cut=*/false, pattern_);
-  pattern_ = nullptr;
+  PatternTree::Node* place = std::exchange(pattern_, nullptr);
   ++inferred_;
   found_again();
-  SegmentEnd& end = reached(node);
+  const std::shared_ptr<Pattern>& pattern = PatternTree::pattern_of(*place);
+  const bool comes_again = pattern->note_inferred(log_);
+  Node* node = nullptr;
+  if (comes_again || !pattern->is_trusted()) {
+    node = insert(log_.size(), place->cut, place);
+  } else {
+    // A size that may never come again is not worth a place in the tree.
+    launch_closed();  // which may be such a one
+    once_ = std::make_unique<Node>();
+    node = once_.get();
+    SegmentEnd& end = end_of(*node);
+    end.pattern = pattern;
+    end.steps = log_;
+    end.once = true;
+    pattern->add_size(end.name, log_, current_);
+  }
+  SegmentEnd& end = reached(*node);
   end.reason = reason;
   ++end.inferred;
-  return node;
+  return *node;
 }
 
 // ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@
 #include <ATen/core/stack.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -182,7 +183,8 @@ class Session {
   // Inferring: where the steps, which are in `log_`, lie among the patterns; null: not.
   PatternTree patterns_;
   PatternTree::Node* pattern_ = nullptr;
-  uint64_t inferred_ = 0;      ///< segments
+  std::unique_ptr<Node> once_;  ///< the end of an inferred segment that is not in the tree
+  uint64_t inferred_ = 0;       ///< segments
   uint64_t not_inferred_ = 0;  ///< segments that were begun, and met an op of unknown shape
 
   // Recording: the steps since the segment's start, and where they lie in the

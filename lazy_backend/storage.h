@@ -76,8 +76,8 @@ class LazyStorage final : public c10::StorageImpl {
   uint64_t uid() const { return uid_; }
 
   /// A tensor over it was seen that requires gradients and is a leaf: a parameter.
-  bool is_parameter() const { return is_parameter_; }
-  void set_is_parameter() { is_parameter_ = true; }
+  bool is_parameter() const { return is_parameter_.load(std::memory_order_relaxed); }
+  void set_is_parameter() { is_parameter_.store(true, std::memory_order_relaxed); }
 
   /// An op that should have made this storage's values threw: reading it throws
   /// the same again.
@@ -95,7 +95,7 @@ class LazyStorage final : public c10::StorageImpl {
   std::atomic<uint32_t> slot_{0};
   std::atomic<uint32_t> session_{0};
   std::atomic<bool> shared_{false};
-  bool is_parameter_ = false;
+  std::atomic<bool> is_parameter_{false};
   bool released_ = false;
   uint64_t uid_;
   std::exception_ptr error_;

@@ -267,5 +267,24 @@ TEST_F(Errors, ItemOfManyNumbersIsLibtorchsError) {
   }
 }
 
+/// PyTorch's Python puts kernels of its own in place of libtorch's when it compiles in this
+/// process; none of them is to be seen.
+TEST_F(Errors, OfViewsInPlaceAreEagersAlsoBesideACompiler) {
+  expect_eager_three_ways({torch::rand({3, 4})}, [](Tensors& in) -> Tensors {
+    return {(in[0] * 0.40625).cos() + 1};  // an artifact of its own
+  });
+  const auto message = [](torch::Tensor tensor) -> std::string {
+    try {
+      tensor.t_();
+    } catch (const c10::Error& error) {
+      return error.what_without_backtrace();
+    }
+    return "";
+  };
+  const std::string eager = message(torch::ones({2, 3, 4}, eager_device()));
+  EXPECT_NE(eager, "");
+  EXPECT_EQ(message(torch::ones({2, 3, 4}, torch::kLazy)), eager);
+}
+
 }  // namespace
 }  // namespace reprise::test
