@@ -826,6 +826,9 @@ void Session::explain(std::string& out) {
   const std::lock_guard<SessionLock> guard(lock_);
   out += c10::str("session ", id_, ": ", tree_.size(), " nodes of ",
                   tree_.bytes() >> 10, " KiB, ", ops_recorded_, " ops recorded\n");
+  if (inferred_ > 0) {
+    out += c10::str("  ", inferred_, " segments of new sizes were inferred, not recorded\n");
+  }
   tree_.for_each_end([&](const Node& node) {
     const SegmentEnd& end = *node.end;
     out += c10::str("  ", end.name, ": ", node.depth, " ops, recorded ", end.recorded,

@@ -25,7 +25,7 @@ struct Options {
   bool demote_slow_programs = true;
 
   /// Let traces that differ in sizes alone share a program over symbols, compiled when the
-  /// second of them is met. `REPRISE_DYNAMIC_SHAPES=0|1`.
+  /// third of them is met. `REPRISE_DYNAMIC_SHAPES=0|1`.
   bool dynamic_shapes = true;
 
   /// Find the steps of programs that call no `mark_step`.
