@@ -45,6 +45,8 @@ class Contest {
   bool decided() const { return std::abs(lead_) >= kLead; }
   bool program_lost() const { return lead_ <= -kLead; }
 
+  /// Pairs that the program won, less those it lost.
+  int lead() const { return lead_; }
   int pairs() const { return pairs_; }
   int pairs_lost() const { return (pairs_ - lead_) / 2; }
   double last_program_seconds() const { return last_program_seconds_; }
@@ -61,7 +63,7 @@ class Contest {
   int program_runs_ = 0;
   int waited_ = 0;  // runs of the program since the last pair
   int pairs_ = 0;
-  int lead_ = 0;  // pairs that the program won, less those it lost
+  int lead_ = 0;
   double program_seconds_ = -1;  // of its last run, while that waits for the interpreter's
   double last_program_seconds_ = 0;
   double last_interpreter_seconds_ = 0;

@@ -81,9 +81,6 @@ void request_program(SegmentEnd& end, const Segment& segment) {
 
 void demote_if_slower(SegmentEnd& end) {
   const Contest& contest = end.contest;
-  if (SharedProgram* shared = end.program->shared.get(); shared != nullptr && contest.decided()) {
-    ++(contest.program_lost() ? shared->contests_lost : shared->contests_won);
-  }
   if (!contest.program_lost()) return;
   end.program->problem = c10::str(
       "demoted: lost ", contest.pairs_lost(), " of ", contest.pairs(),
@@ -223,7 +220,9 @@ void launch(Node& node, Segment& segment) {
     ++end.interpreted;
     metrics().segments_interpreted.add(1);
     if (timing && program->state == Program::State::kReady) {  // it may just have failed
+      const int lead = end.contest.lead();
       end.contest.interpreter_took(seconds_since(start));
+      if (shared != nullptr) program->shared->turns_ahead += end.contest.lead() - lead;
       demote_if_slower(end);
     }
   }
