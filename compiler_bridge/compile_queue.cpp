@@ -272,7 +272,6 @@ bool CompileQueue::serve(Program& program, const std::vector<int64_t>& integers,
   program.runner = std::move(serving->runner);
   program.shared = std::move(serving->shared);
   program.symbols = std::move(serving->symbols);
-  program.guards = std::move(serving->guards);
   for (const int64_t number : serving->numbers) {
     ProgramInput input;
     input.kind = ProgramInput::Kind::kNumber;

@@ -25,16 +25,17 @@ std::optional<ProgramFamily::Serving> ProgramFamily::serving(
     for (size_t k = 0; k < symbols->size(); ++k) {
       text += c10::str(k == 0 ? "" : ", ", "s", k, " = ", (*symbols)[k]);
     }
-    std::string guards;
-    for (const Expression& guard : program->guards) {
-      guards += (guards.empty() ? "" : ", ") + guard.text();
-    }
     const auto numbers = static_cast<std::ptrdiff_t>(program->trace.number_count());
     return Serving{program->runner, program->shared, text + " (" + program->trace.symbols_text() + ")",
-                   std::move(guards),
                    {symbols->end() - numbers, symbols->end()}};
   }
   return std::nullopt;
+}
+
+void ProgramFamily::add(GeneralProgram program) {
+  std::string& text = program.shared->guards;
+  for (const Expression& guard : program.guards) text += (text.empty() ? "" : ", ") + guard.text();
+  programs_.push_back(std::move(program));
 }
 
 void ProgramFamily::note(const std::vector<int64_t>& integers) {

@@ -35,7 +35,7 @@ class ProgramFamily {
   struct Serving {
     std::shared_ptr<Runner> runner;
     std::shared_ptr<SharedProgram> shared;
-    std::string symbols, guards;
+    std::string symbols;
     std::vector<int64_t> numbers;  ///< sizes that tell it the numbers
   };
   std::optional<Serving> serving(const std::vector<int64_t>& integers) const;
@@ -46,7 +46,7 @@ class ProgramFamily {
   /// one is worth a compile. Where there is none, `problem` says why.
   std::optional<GeneralTrace> generalise(const std::vector<int64_t>& integers,
                                          std::string& problem);
-  void add(GeneralProgram program) { programs_.push_back(std::move(program)); }
+  void add(GeneralProgram program);
 
   /// What makes a trace with these integers another than the one before it:
   /// `input 0 dim 1: 48 was 64`; or than the last program over symbols says.

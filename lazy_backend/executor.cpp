@@ -25,14 +25,6 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-std::vector<uint32_t> live_slots(const Segment& segment) {
-  std::vector<uint32_t> live;
-  for (uint32_t slot = 0; slot < segment.size(); ++slot) {
-    if (segment.is_created(slot) && segment.is_alive(slot)) live.push_back(slot);
-  }
-  return live;
-}
-
 /// Every live slot is an output of the program, or is made beside it.
 bool covers(const Program& program, const Segment& segment) {
   size_t next = 0;
@@ -61,7 +53,7 @@ void request_program(SegmentEnd& end, const Segment& segment) {
   auto program = std::make_shared<Program>();
   program->name = end.name;
   program->steps = end.steps;
-  program->live = live_slots(segment);
+  program->live = segment.live_slots(segment.size());
   if (end.program != nullptr) {
     // Other tensors are alive than were before: one program serves both. The
     // one there is goes on serving until then.

@@ -89,9 +89,7 @@ at::Tensor as_inferred(const Step& step, const Result& result, const at::Tensor&
   TORCH_CHECK(tensor.sizes() == told.sizes() && tensor.scalar_type() == told.dtype, "reprise: ",
               step.op.operator_name(), " gave ", tensor.dtype(), tensor.sizes(), " where ",
               told.dtype, told.sizes(), " had been inferred");
-  const at::Tensor copy = empty_tensor(told, result.nbytes, tensor.device());
-  copy.copy_(tensor);
-  return copy;
+  return copy_lying_as(told, result.nbytes, tensor);
 }
 
 void take_result(const Step& step, const Result& result, const c10::IValue& value,
@@ -131,6 +129,12 @@ at::Tensor empty_tensor(const Geometry& geometry, size_t nbytes, c10::Device dev
   Geometry plain = geometry;
   plain.conjugate = plain.negative = false;
   return backing_tensor(whole.storage(), plain);
+}
+
+at::Tensor copy_lying_as(const Geometry& geometry, size_t nbytes, const at::Tensor& tensor) {
+  const at::Tensor copy = empty_tensor(geometry, nbytes, tensor.device());
+  copy.copy_(tensor);
+  return copy;
 }
 
 at::Tensor draw(const Step& step) {

@@ -11,15 +11,6 @@
 namespace reprise {
 namespace {
 
-/// Created slots of the first `count` that somebody holds.
-std::vector<uint32_t> live_slots(const Segment& segment, uint32_t count) {
-  std::vector<uint32_t> live;
-  for (uint32_t slot = 0; slot < count; ++slot) {
-    if (segment.is_created(slot) && segment.is_alive(slot)) live.push_back(slot);
-  }
-  return live;
-}
-
 void drop_programs_below(PatternTree::Node& top) {
   std::vector<PatternTree::Node*> open{&top};
   while (!open.empty()) {
@@ -47,7 +38,7 @@ void Pattern::add_size(const std::string& name, std::vector<StepPtr> steps,
     program->name = name;
     program->steps = steps;
     const Step& last = *steps.back();
-    program->live = live_slots(segment, last.first_slot + last.slot_count);
+    program->live = segment.live_slots(last.first_slot + last.slot_count);
     program->device_index = last.device_index;
     program->other_sizes = examples_;
     requested_ = program;

@@ -43,7 +43,6 @@ class Pattern {
   /// what does not hold.
   void note_unserved() { unserved_ = true; }
   void drop_programs();
-  uint64_t sizes() const { return sizes_; }
 
  private:
   /// So many sizes are looked at together: from fewer, expressions are guessed wrong.

@@ -44,6 +44,8 @@ struct TraceOutline;
 /// What the sizes that share a program over symbols have found out about it. From any
 /// thread.
 struct SharedProgram {
+  /// Where it holds: `(!= s0 64), (== (% s1 8) 0)`. Not changed any more.
+  std::string guards;
   /// Sizes at which its first run gave the interpreter's values.
   std::atomic<int> sizes_checked{0};
   /// It gave other values at some size: it is used at none.
@@ -86,7 +88,6 @@ struct Program {
   bool from_store = false;
   /// Of a program over symbols: `s0 = 48 (s0: input 1 dim 0)`.
   std::string symbols;
-  std::string guards;  ///< and where it holds: `(!= s0 64), (== (% s1 8) 0)`
   /// By which other sizes find their places in it; null where no others were asked for.
   std::shared_ptr<const TraceOutline> outline;
   const ProgramFamily* family = nullptr;

@@ -116,9 +116,7 @@ std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots
 /// An output as eager's would lie in memory.
 at::Tensor as_recorded(const ProgramOutput& output, const at::Tensor& tensor) {
   if (C10_LIKELY(!output.copy)) return tensor;
-  at::Tensor copy = empty_tensor(output.geometry, output.nbytes, tensor.device());
-  copy.copy_(tensor);
-  return copy;
+  return copy_lying_as(output.geometry, output.nbytes, tensor);
 }
 
 }  // namespace

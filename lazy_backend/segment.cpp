@@ -14,6 +14,14 @@ void Segment::release(const Binding& binding) {
   }
 }
 
+std::vector<uint32_t> Segment::live_slots(uint32_t count) const {
+  std::vector<uint32_t> live;
+  for (uint32_t slot = 0; slot < count; ++slot) {
+    if (is_created(slot) && is_alive(slot)) live.push_back(slot);
+  }
+  return live;
+}
+
 int64_t Segment::find_shared(const LazyStorage* storage) const {
   for (size_t k = bindings_.size(); k-- > 0;) {
     if (bindings_[k].storage == storage) return static_cast<int64_t>(k);

@@ -48,6 +48,8 @@ class Segment {
   bool is_alive(uint32_t slot) const {
     return c10::raw::weak_intrusive_ptr::use_count(bindings_[slot].storage) > 0;
   }
+  /// Those of the first `count` slots that are created and alive.
+  std::vector<uint32_t> live_slots(uint32_t count) const;
   /// A strong reference to a created slot's storage, null where nobody holds it.
   c10::intrusive_ptr<LazyStorage> lock(uint32_t slot) const {
     return c10::intrusive_ptr<LazyStorage>::reclaim(static_cast<LazyStorage*>(

@@ -772,8 +772,8 @@ Node* Session::insert(size_t count, bool cut, PatternTree::Node* pattern) {
   for (size_t k = 0; k < count; ++k) node = tree_.extend(node, log_[k]);
   if (pattern != nullptr) {
     SegmentEnd& end = end_of(*node);
-    if (end.pattern == nullptr || end.pattern != pattern->pattern) {
-      end.pattern = PatternTree::pattern_of(*pattern);
+    if (const auto& shared = PatternTree::pattern_of(*pattern); end.pattern != shared) {
+      end.pattern = shared;
       end.pattern->add_size(end.name, {log_.begin(), log_.begin() + static_cast<std::ptrdiff_t>(count)},
                             current_);
     }
@@ -851,7 +851,9 @@ void Session::explain(std::string& out) {
                         "\n");
         if (!program->reason.empty()) out += "    " + program->reason + "\n";
         if (!program->symbols.empty()) out += "    over symbols: " + program->symbols + "\n";
-        if (!program->guards.empty()) out += "    where " + program->guards + "\n";
+        if (program->shared != nullptr && !program->shared->guards.empty()) {
+          out += "    where " + program->shared->guards + "\n";
+        }
         break;
       case Program::State::kFailed:
         out += c10::str("    failed: ", program->problem, "\n");

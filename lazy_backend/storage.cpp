@@ -120,18 +120,21 @@ int64_t LazyStorage::live_on_this_thread() { return live_storages; }
 
 namespace {
 constexpr c10::DispatchKeySet kBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+
+/// A tensor over `storage` with a lazy one's geometry and bits.
+at::Tensor like_over(const c10::Storage& storage, c10::DispatchKeySet keys, const at::Tensor& lazy) {
+  auto impl = c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(storage),
+                                                   keys | (lazy.key_set() & kBits), lazy.dtype());
+  impl->set_sizes_and_strides(lazy.sizes(), lazy.strides(), lazy.storage_offset());
+  return at::Tensor(std::move(impl));
 }
+}  // namespace
 
 at::Tensor unwrap(const at::Tensor& lazy) {
   LazyStorage* storage = lazy_storage(lazy);
   if (C10_UNLIKELY(storage->error() != nullptr)) std::rethrow_exception(storage->error());
   TORCH_INTERNAL_ASSERT(storage->backing(), "reprise: a pending storage was unwrapped");
-  const c10::Device device = storage->backing().device();
-  auto impl = c10::make_intrusive<c10::TensorImpl>(
-      c10::TensorImpl::VIEW, c10::Storage(storage->backing()),
-      backing_key_set(device) | (lazy.key_set() & kBits), lazy.dtype());
-  impl->set_sizes_and_strides(lazy.sizes(), lazy.strides(), lazy.storage_offset());
-  return at::Tensor(std::move(impl));
+  return like_over(storage->backing(), backing_key_set(storage->backing().device()), lazy);
 }
 
 at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like) {
@@ -176,11 +179,7 @@ at::Tensor stand_in(const at::Tensor& lazy) {
 }
 
 at::Tensor meta_tensor(const c10::Storage& storage, const at::Tensor& lazy) {
-  auto impl = c10::make_intrusive<c10::TensorImpl>(
-      c10::TensorImpl::VIEW, c10::Storage(storage),
-      c10::DispatchKeySet(c10::DispatchKey::Meta) | (lazy.key_set() & kBits), lazy.dtype());
-  impl->set_sizes_and_strides(lazy.sizes(), lazy.strides(), lazy.storage_offset());
-  return at::Tensor(std::move(impl));
+  return like_over(storage, c10::DispatchKeySet(c10::DispatchKey::Meta), lazy);
 }
 
 bool same_geometry(const at::Tensor& a, const at::Tensor& b) {

@@ -6,20 +6,14 @@
 #include "cpp_models/resnet.h"
 #include "reprise/reprise.h"
 #include "reprise/testing.h"
-#include "tests/three_ways.h"
+#include "tests/sized_steps.h"
 
 namespace reprise::test {
 namespace {
 
 namespace F = torch::nn::functional;
 
-class DynamicShapes : public Lazy {
- protected:
-  void SetUp() override {
-    begin_test(/*compile=*/true);
-    options().dynamic_shapes = true;
-  }
-};
+class DynamicShapes : public LazySizes {};
 
 /// A step for a size of its input.
 using SizedStep = std::function<Tensors(torch::IntArrayRef size)>;
@@ -55,12 +49,8 @@ void expect_few_programs(const SizedProgram& program, const Sizes& sizes,
       torch::manual_seed(seed);
       const Tensors got = lazy(size);
       mark_step();
-      ASSERT_EQ(got.size(), wanted.size());
-      for (size_t k = 0; k < got.size(); ++k) {
-        SCOPED_TRACE(c10::str("output ", k));
-        EXPECT_EQ(got[k].strides(), wanted[k].strides());
-        expect_close(got[k], wanted[k], expected.tolerance);
-      }
+      expect_all_close(got, wanted, expected.tolerance);
+      if (::testing::Test::HasFatalFailure()) return;
       wait_for_compiles();
     }
     const Statistics did = since(at_round);

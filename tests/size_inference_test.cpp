@@ -5,20 +5,14 @@
 #include "cpp_models/resnet.h"
 #include "reprise/reprise.h"
 #include "reprise/testing.h"
-#include "tests/three_ways.h"
+#include "tests/sized_steps.h"
 
 namespace reprise::test {
 namespace {
 
 namespace F = torch::nn::functional;
 
-class InferredSizes : public Lazy {
- protected:
-  void SetUp() override {
-    begin_test(/*compile=*/true);
-    options().dynamic_shapes = true;
-  }
-};
+class InferredSizes : public LazySizes {};
 
 using SizedStep = std::function<Tensors(int64_t size)>;
 using SizedProgram = std::function<SizedStep(torch::Device device)>;
@@ -40,14 +34,7 @@ class Pair {
     torch::manual_seed(static_cast<uint64_t>(size));
     const Tensors got = lazy_(size);
     mark_step();
-    ASSERT_EQ(got.size(), wanted.size());
-    for (size_t k = 0; k < got.size(); ++k) {
-      SCOPED_TRACE(c10::str("output ", k));
-      EXPECT_EQ(got[k].sizes(), wanted[k].sizes());
-      EXPECT_EQ(got[k].strides(), wanted[k].strides());
-      EXPECT_EQ(got[k].scalar_type(), wanted[k].scalar_type());
-      expect_close(got[k], wanted[k], tolerance);
-    }
+    expect_all_close(got, wanted, tolerance);
   }
 
   /// Three sizes, after which there is a program over symbols.
@@ -61,7 +48,7 @@ class Pair {
     ASSERT_EQ(did.ops_inferred, 0u);
   }
 
-  /// A new size: not an op of it is run on its own but where `interpreted` says so.
+  /// A new size: not an op of it is recorded.
   void expect_inferred(int64_t size, double tolerance = 1) {
     const Statistics before = statistics();
     step(size, tolerance);
