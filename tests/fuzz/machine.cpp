@@ -64,6 +64,7 @@ Machine::Machine(const Program& program, torch::Device device, Settings settings
   const auto numbers = [&](torch::IntArrayRef sizes) { return torch::randn(sizes, generator); };
   const auto input = [&](const char* name, const torch::Tensor& host) {
     state_.push_back({host.to(device_), name});
+    disturb(state_.back().tensor);
   };
   input("x", numbers({3, 4}));
   input("y", numbers({12}));
@@ -188,7 +189,10 @@ Outcome Machine::step(uint32_t k) {
   std::optional<torch::NoGradGuard> no_grad;
   if (program_.no_grad) no_grad.emplace();
   values_ = state_;
-  if (program_.sizes_change) values_.push_back({sized_input(k), "n"});
+  if (program_.sizes_change) {
+    values_.push_back({sized_input(k), "n"});
+    disturb(values_.back().tensor);
+  }
   next_name_ = 0;
   skip_ = false;
   const bool other = (program_.others >> k & 1) != 0;

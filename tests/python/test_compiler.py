@@ -136,6 +136,22 @@ class InPlaceOps(CompilerTest):
         self.check(rotate, [torch.randn(7), torch.randn(7), torch.randn(7)], tolerance=0)
         self.check(later, [torch.randn(3, 4), torch.randn(12)], tolerance=0)
 
+    def test_a_view_that_is_read_before_its_base_changes(self):
+        def update(view):
+            def f(x, z, k):
+                y = z - view(x) * 0.25
+                x.addcmul_(k.expand(3, 4), x, value=-1.25)
+                return y
+
+            return f
+
+        views = (lambda x: x.t(), lambda x: x.view(4, 3), lambda x: x.view(-1)[:6])
+        for view in views:
+            for dtype in (torch.float32, torch.float64):
+                x = torch.randn(3, 4)
+                z = torch.randn(view(x).shape, dtype=dtype)
+                self.check(update(view), [x, z, torch.arange(4)])
+
     def test_a_list_with_a_tensor_twice_is_refused(self):
         def f(x):
             torch._foreach_mul_([x, x], 2.0)

@@ -2,8 +2,9 @@
 
 Written against torch 2.11.0. A patch is in force only inside `applied`, so that
 a host that is itself a Python program keeps its own `torch.compile` as it is.
-Two kinds: what would disturb the host program, whose threads keep computing in
-this very process, and what makes compiling or the compiled program better.
+What is mended: programs that would be wrong, what would disturb the host program,
+whose threads keep computing in this very process, and what makes compiling or the
+compiled program slower than it need be.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from torch._inductor import (
     config,
     cpp_builder,
     cpu_vec_isa,
+    dependencies,
     lowering,
     pattern_matcher,
+    scheduler,
 )
 from torch._export.serde import schema, serialize
 from torch._inductor.codegen import common, cpp, cpp_wrapper_cpu
@@ -36,6 +39,7 @@ from torch._inductor.fx_passes import post_grad
 from torch._inductor.exc import CppCompileError
 from torch._inductor.virtualized import V
 from torch.utils import _traceback
+from torch.utils._ordered_set import OrderedSet
 
 from . import loop_invariants, vec_isa
 from .toolchain import MODEL_DECLARATION, Toolchain
@@ -59,6 +63,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield from _host_patches()
     yield cpu_vec_isa.VecISA, "check_build", vec_isa.check_build
     yield pattern_matcher._TargetArgsExpr, "_match", _match_scales_too
+    yield scheduler.SchedulerNode, "recompute_size_and_body", _recompute_size_and_body
     yield serialize.GraphModuleSerializer, "serialize_inputs", _serialize_inputs
     yield common.KernelArgs, "cpp_argdefs", _cpp_argdefs
     yield cpp.CppKernel, "decide_parallel_depth", _decide_parallel_depth
@@ -85,7 +90,28 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
         yield from _toolchain_patches(toolchain)
 
 
-# What would disturb the host program.
+# What makes the compiled program right.
+
+
+_stock_recompute_size_and_body = scheduler.SchedulerNode.recompute_size_and_body
+
+
+def _recompute_size_and_body(self, *args, **kwargs):
+    """Keeps what a loop must wait for when it is given another loop's ranges.
+
+    The C++ backend does so to fuse the two (codegen/cpp.py, `CppScheduling.fuse`), and
+    the dependencies computed anew lack those that no index shows: an update in place
+    forgets the readers of the old value, and may run before them (torch 2.11.0, stock
+    torch.compile as well: `y = z - x.t() * 2; x.addcmul_(k.expand(3, 4), x)`).
+    """
+    kept = OrderedSet(
+        dep
+        for dep in self.read_writes.reads
+        if isinstance(dep, dependencies.WeakDep | dependencies.StarDep)
+    )
+    _stock_recompute_size_and_body(self, *args, **kwargs)
+    computed = self.read_writes.with_read(kept)
+    self.set_read_writes(computed.rename(self.mutation_renames))
 
 
 _stock_match = pattern_matcher._TargetArgsExpr._match
@@ -139,6 +165,9 @@ def _serialize_inputs(self, target, args, kwargs=None):
             code = codes[argument.arg.value]
             argument.arg = schema.Argument.create(**{kind: code})
     return named
+
+
+# What would disturb the host program.
 
 
 def _host_patches() -> Iterator[tuple[Any, str, Any]]:
