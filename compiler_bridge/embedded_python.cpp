@@ -55,7 +55,8 @@ std::string to_text(PyObject* object) {
   return bytes;
 }
 
-/// The pending exception's last lines: the message with the innermost frames.
+/// The pending exception's message with the innermost frames, without its middle where
+/// it is long.
 std::string take_error() {
   PyObject *type = nullptr, *value = nullptr, *trace = nullptr;
   PyErr_Fetch(&type, &value, &trace);
@@ -76,7 +77,11 @@ std::string take_error() {
   size_t begin = text.size();
   for (int k = 0; k <= kLines && begin != std::string::npos && begin > 0; ++k)
     begin = text.rfind('\n', begin - 1);
-  return begin == std::string::npos || begin == 0 ? text : text.substr(begin + 1);
+  if (begin == std::string::npos || begin == 0) return text;
+  std::string end = text.substr(begin + 1);
+  const std::string message = to_text(value);
+  const std::string first = message.substr(0, message.find('\n'));
+  return end.find(first) == std::string::npos ? first + "\n...\n" + end : end;
 }
 
 Ref checked(PyObject* result) {

@@ -678,7 +678,7 @@ void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
     // later, and later still.
     patience_ = std::min(kPatience, next_pause_ / kRecordedShare);
     REPRISE_LOG(1, "nothing repeats: ", next_pause_, " ops run without being recorded");
-    stop_recording(std::exchange(next_pause_, std::min(2 * next_pause_, kLongestPause)),
+    stop_recording(std::exchange(next_pause_, std::min(kPauseGrowth * next_pause_, kLongestPause)),
                    "nothing repeats");
   }
 }

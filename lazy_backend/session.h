@@ -201,7 +201,8 @@ class Session {
   static constexpr uint64_t kPatience = 100'000;
   static constexpr uint64_t kFirstPause = 400'000;
   static constexpr uint64_t kLongestPause = 10'000'000;
-  static constexpr uint64_t kRecordedShare = 16;  ///< one op of so many, between pauses
+  static constexpr uint64_t kPauseGrowth = 4;
+  static constexpr uint64_t kRecordedShare = 64;  ///< one op of so many, between pauses
   uint64_t recorded_since_hit_ = 0;
   uint64_t pause_ = 0;  ///< so many, less one, are not recorded
   uint64_t next_pause_ = kFirstPause;

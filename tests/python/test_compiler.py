@@ -195,6 +195,9 @@ class Outputs(CompilerTest):
     def test_zero_dimensional_and_empty(self):
         self.check(lambda x, y: (x.sum(), x.max() + y, x[:0].clone()), [torch.randn(5), torch.tensor(2.0)])
 
+    def test_a_number_reversed(self):
+        self.check(lambda x: x.flip(0) + 1, [torch.tensor(3.0)])
+
     def test_strides_are_those_of_eager(self):
         x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
         recording = record(lambda x: torch.relu(x), [x])
@@ -339,6 +342,14 @@ class DynamicScalars(CompilerTest):
 
         inputs = [torch.randn(3, 4), torch.arange(-3, 5)]
         self.check(f, inputs, scalars=(0.25,), other_scalars=(1.75,))
+
+    def test_padding_is_filled_with_them(self):
+        def f(x, fill):
+            return aten.constant_pad_nd(x, [1, 2, 0, 1], fill) + 1
+
+        for dtype in (torch.float32, torch.float64, torch.int64):
+            x = torch.arange(12).view(3, 4).to(dtype)
+            self.check(f, [x], scalars=(0.25,), other_scalars=(-3.0,), tolerance=0)
 
     def test_a_number_that_cannot_vary_is_an_error(self):
         x, w = torch.rand(3, 4), torch.rand(4)

@@ -29,6 +29,7 @@ from torch._inductor import (
     cpp_builder,
     cpu_vec_isa,
     dependencies,
+    ir,
     lowering,
     pattern_matcher,
     scheduler,
@@ -64,12 +65,15 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield cpu_vec_isa.VecISA, "check_build", vec_isa.check_build
     yield pattern_matcher._TargetArgsExpr, "_match", _match_scales_too
     yield scheduler.SchedulerNode, "recompute_size_and_body", _recompute_size_and_body
+    yield lowering.lowerings, torch.ops.prims.rev.default, _rev
+    yield lowering.lowerings, _pad, _constant_pad_nd
     yield serialize.GraphModuleSerializer, "serialize_inputs", _serialize_inputs
     yield common.KernelArgs, "cpp_argdefs", _cpp_argdefs
     yield cpp.CppKernel, "decide_parallel_depth", _decide_parallel_depth
     yield cpp.LoopNest, "max_parallel_depth", _max_parallel_depth
     yield from _eager_kernels()
     yield from _bias_joins_pointwise_users()
+    yield ir.StorageBox, "should_realize_on_reuse", _should_realize_on_reuse
     yield from loop_invariants.patches()
     yield (
         cpp_wrapper_cpu.CppWrapperCpu,
@@ -112,6 +116,29 @@ def _recompute_size_and_body(self, *args, **kwargs):
     _stock_recompute_size_and_body(self, *args, **kwargs)
     computed = self.read_writes.with_read(kept)
     self.set_read_writes(computed.rename(self.mutation_renames))
+
+
+_stock_rev = lowering.lowerings[torch.ops.prims.rev.default]
+
+
+def _rev(x, dims):
+    """A number is its own reverse; the stock lowering looks for its dimension."""
+    return _stock_rev(x, dims if x.get_size() else [])
+
+
+_pad = torch.ops.aten.constant_pad_nd.default
+_stock_constant_pad_nd = lowering.lowerings[_pad]
+
+
+def _constant_pad_nd(x, padding, fill_value=0):
+    """Pads with a number that is not known yet; the stock lowering asks for its value."""
+    if not isinstance(fill_value, sympy.Expr) or fill_value.is_number:
+        return _stock_constant_pad_nd(x, padding, fill_value)
+    ones = lowering.full_like(x, 1, dtype=torch.bool)
+    inside = _stock_constant_pad_nd(ones, padding, 0)
+    padded = _stock_constant_pad_nd(x, padding, 0)
+    fill = lowering.full_like(padded, fill_value)
+    return lowering.lowerings[torch.ops.aten.where.self](inside, padded, fill)
 
 
 _stock_match = pattern_matcher._TargetArgsExpr._match
@@ -258,6 +285,22 @@ def _bias_joins_pointwise_users() -> Iterator[tuple[Any, str, Any]]:
     """
     # Its one use: `should_prefer_unfused_addmm`.
     yield post_grad, "is_gpu", lambda device_type: True
+
+
+_stock_should_realize_on_reuse = ir.StorageBox.should_realize_on_reuse
+
+
+def _should_realize_on_reuse(self, users):
+    """Keeps the result of `tanh` for whoever reads it later, as stock code does with
+    `exp` and `sigmoid`, whose derivatives are made of the result as well. Computing it
+    again costs more than reading it, and keeps what it is made of alive: two matrix
+    products for each time step of an LSTM, two thirds of its training step's memory.
+    """
+    if users > 1 and isinstance(self.data, ir.Pointwise | ir.Reduction):
+        on_cpu = self.data.get_device().type == "cpu"
+        if on_cpu and "tanh" in self.data.inner_fn_opcount().used_ops:
+            return True
+    return _stock_should_realize_on_reuse(self, users)
 
 
 def _generate_no_runtime_checks(self) -> None:
