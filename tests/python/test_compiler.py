@@ -159,6 +159,23 @@ class InPlaceOps(CompilerTest):
         with self.assertRaisesRegex(TraceError, "share a storage"):
             self.check(f, [torch.randn(4)])
 
+    def test_a_write_through_a_view_with_an_element_in_several_places_is_refused(self):
+        def fill(x):
+            x.expand(2, 4).fill_(0.25)
+
+        def add(x):
+            x.expand(2, 4)[0].add_(1)
+
+        def window(x):
+            x.unfold(0, 3, 1)[1].add_(1)
+
+        def out(x):
+            torch.neg(x, out=x.expand(2, 4)[0])
+
+        for f in (fill, add, window, out):
+            with self.assertRaisesRegex(TraceError, "may show an element twice"):
+                self.check(f, [torch.randn(4)])
+
     def test_an_output_has_the_final_contents_of_its_storage(self):
         def f(x):
             y = torch.relu(x)

@@ -164,6 +164,9 @@ _SUB_AS_ADD = {
     _aten.sub_.Tensor: _aten.add_.Tensor,
 }
 
+# Views that may show an element in several places.
+_OVERLAPPING_VIEWS = {_aten.expand.default, _aten.unfold.default}
+
 _VIEWS_AS_ANOTHER_DTYPE = {
     _aten.view.dtype,
     _aten.view_as_real.default,
@@ -179,6 +182,8 @@ class _GraphBuilder:
         self.scalars: dict[int, Node] = {}
         # Of each view: the input or result whose storage it shows.
         self.bases: dict[Node, Node] = {}
+        # Overlapping views and views of them.
+        self.overlapping: set[Node] = set()
         self.inputs: dict[Node, dict[str, Any]] = {}
         self.symbols: dict[int, Node] = {}
 
@@ -227,7 +232,7 @@ class _GraphBuilder:
                 positional.append(value)
             elif value is not None:
                 keywords[parameter.name] = value
-        self.refuse_overlapping_writes(schema, positional)
+        self.refuse_overlapping_writes(schema, positional, keywords)
         op = self.without_symbolic_branches(op, keywords)
         op = self.with_tensor_bounds(op, positional)
         self.rebase_as_strided(schema, positional)
@@ -235,6 +240,8 @@ class _GraphBuilder:
         if any(r.alias_info for r in schema.returns) and op not in _VIEWS_AS_ANOTHER_DTYPE:
             if positional and isinstance(positional[0], Node):
                 self.bases[node] = self.base(positional[0])
+                if op in _OVERLAPPING_VIEWS or positional[0] in self.overlapping:
+                    self.overlapping.add(node)
         results = step["results"]
         if len(results) != len(schema.returns):
             raise TraceError(
@@ -285,15 +292,24 @@ class _GraphBuilder:
         positional[1:] = (high, low) if "clamp_max" in op.__name__ else (low, high)
         return _clamp_in_place if op._schema.is_mutable else _clamp
 
-    def refuse_overlapping_writes(self, schema: Any, positional: list[Any]) -> None:
+    def refuse_overlapping_writes(
+        self, schema: Any, positional: list[Any], keywords: dict[str, Any]
+    ) -> None:
         """Functionalization computes every element of a list from what was there before:
-        where two lie in one storage, the second's write undoes the first's.
+        where two lie in one storage, the second's write undoes the first's. What a view
+        shows in several places, it would write as their sum (torch 2.11.0,
+        FunctionalInverses.cpp, `expand_inverse` and `unfold_inverse`).
         """
-        for parameter, value in zip(schema.arguments, positional):
-            if isinstance(value, list) and parameter.alias_info and parameter.alias_info.is_write:
-                bases = [self.base(v) for v in value if isinstance(v, Node)]
-                if len(set(bases)) < len(bases):
-                    raise TraceError("elements of a list that is written share a storage")
+        by_name = {p.name: value for p, value in zip(schema.arguments, positional)} | keywords
+        for parameter in schema.arguments:
+            value = by_name.get(parameter.name)
+            if not parameter.alias_info or not parameter.alias_info.is_write:
+                continue
+            written = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Node)]
+            if len({self.base(v) for v in written}) < len(written):
+                raise TraceError("elements of a list that is written share a storage")
+            if not self.overlapping.isdisjoint(written):
+                raise TraceError("a write through a view that may show an element twice")
 
     def rebase_as_strided(self, schema: Any, positional: list[Any]) -> None:
         """Applies `as_strided` and its kind, which count from the storage's
@@ -339,6 +355,8 @@ class _GraphBuilder:
         item = self.graph.call_function(operator.getitem, (node, k))
         if node in self.bases:
             self.bases[item] = self.bases[node]
+        if node in self.overlapping:
+            self.overlapping.add(item)
         return item
 
     def value(self, number: int) -> Node:
