@@ -94,10 +94,12 @@ bool may_be(const torch::Tensor& lazy, const torch::Tensor& eager,
   return (distance(lazy, eager) <= limit).all().item<bool>();
 }
 
-Machine::Settings one_segment() {
+/// The program's `time`-th time without what would end a segment: a read, an error.
+Machine::Settings one_segment(const Program& program, uint32_t time) {
   Machine::Settings settings;
   settings.reads = false;
   settings.returned = 4;
+  settings.left_out = Machine(program, backing_device(), settings).step(time).threw;
   return settings;
 }
 
@@ -106,7 +108,7 @@ std::vector<Outcome> run_all(const std::vector<Program>& programs, torch::Device
                              uint32_t time) {
   std::vector<Outcome> outcomes;
   for (const Program& program : programs) {
-    outcomes.push_back(Machine(program, device, one_segment()).step(time));
+    outcomes.push_back(Machine(program, device, one_segment(program, time)).step(time));
   }
   return outcomes;
 }
@@ -116,7 +118,7 @@ std::vector<std::vector<torch::Tensor>> disturbed_runs(const Program& program, u
                                                        int count, double noise) {
   std::vector<std::vector<torch::Tensor>> runs;
   for (int k = 0; k < count; ++k) {
-    Machine::Settings settings = one_segment();
+    Machine::Settings settings = one_segment(program, time);
     settings.noise = noise;
     settings.noise_seed = static_cast<uint64_t>(k + 1);
     runs.push_back(on_host(Machine(program, backing_device(), settings).step(time).values));

@@ -2,6 +2,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <algorithm>
 #include <cctype>
 #include <limits>
 
@@ -113,7 +114,9 @@ torch::Tensor Machine::sized_input(uint32_t k) const {
 
 void Machine::run(const Instruction& instruction, uint32_t k, Outcome& outcome) {
   const Op& op = ops()[instruction.op % ops().size()];
+  const size_t number = count_++;
   if (std::exchange(skip_, false)) return;
+  if (std::binary_search(settings_.left_out.begin(), settings_.left_out.end(), number)) return;
   const Value a = pick(instruction.a), b = pick(instruction.b), c = pick(instruction.c);
   const uint32_t shift = program_.numbers_change ? k : 0;
   const Operands operands{a.tensor, b.tensor, c.tensor, (instruction.i + shift) % 8,
@@ -180,6 +183,7 @@ void Machine::run(const Instruction& instruction, uint32_t k, Outcome& outcome) 
   } catch (const std::exception& error) {
     if (op.kind != Op::Kind::kDo) list("", ";  // throws");
     outcome.said.push_back(first_line(error));
+    outcome.threw.push_back(number);
   }
 }
 
@@ -195,6 +199,7 @@ Outcome Machine::step(uint32_t k) {
   }
   next_name_ = 0;
   skip_ = false;
+  count_ = 0;
   const bool other = (program_.others >> k & 1) != 0;
   const size_t until = other ? std::min<size_t>(program_.turn, program_.code.size()) : program_.code.size();
   for (size_t n = 0; n < until; ++n) run(program_.code[n], k, outcome);

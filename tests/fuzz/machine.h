@@ -21,6 +21,7 @@ struct Outcome {
   std::vector<torch::Tensor> values;
   std::vector<std::string> names;  ///< of the values
   std::vector<std::string> said;
+  std::vector<size_t> threw;  ///< instructions, counted in the order in which they ran
 };
 
 class Machine {
@@ -28,6 +29,8 @@ class Machine {
   struct Settings {
     /// Off: instructions that read are left out, so that a step is one segment.
     bool reads = true;
+    /// Instructions that are not run, in increasing order; counted as in `Outcome::threw`.
+    std::vector<size_t> left_out;
     /// Values that a step returns, at most, besides its state.
     size_t returned = 100;
     /// Every value gets a relative error of up to so many units in the last place of
@@ -61,6 +64,7 @@ class Machine {
   std::vector<Value> state_;
   std::vector<Value> values_;
   bool skip_ = false;
+  size_t count_ = 0;  ///< instructions of this step so far
   int next_name_ = 0;
   std::mt19937_64 noise_;
 };

@@ -152,6 +152,13 @@ class InPlaceOps(CompilerTest):
                 z = torch.randn(view(x).shape, dtype=dtype)
                 self.check(update(view), [x, z, torch.arange(4)])
 
+    def test_what_was_written_is_read_before_it_is_written_again(self):
+        def f(x):
+            x.as_strided((2, 2), (1, 1), 0).fill_(-2)
+            torch.add(x.flip(0), 1, out=x.as_strided((6,), (1,), 0))
+
+        self.check(f, [torch.randn(6)], tolerance=0)
+
     def test_a_list_with_a_tensor_twice_is_refused(self):
         def f(x):
             torch._foreach_mul_([x, x], 2.0)

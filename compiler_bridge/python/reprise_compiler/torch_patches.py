@@ -65,6 +65,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield cpu_vec_isa.VecISA, "check_build", vec_isa.check_build
     yield pattern_matcher._TargetArgsExpr, "_match", _match_scales_too
     yield scheduler.SchedulerNode, "recompute_size_and_body", _recompute_size_and_body
+    yield scheduler.Scheduler, "fusable_weak_dep", _fusable_weak_dep
     yield lowering.lowerings, torch.ops.prims.rev.default, _rev
     yield lowering.lowerings, _pad, _constant_pad_nd
     yield serialize.GraphModuleSerializer, "serialize_inputs", _serialize_inputs
@@ -116,6 +117,29 @@ def _recompute_size_and_body(self, *args, **kwargs):
     _stock_recompute_size_and_body(self, *args, **kwargs)
     computed = self.read_writes.with_read(kept)
     self.set_read_writes(computed.rename(self.mutation_renames))
+
+
+_stock_fusable_weak_dep = scheduler.Scheduler.fusable_weak_dep
+
+
+def _fusable_weak_dep(self, weak_dep, node1, node2):
+    """Fuses a read with the write that follows it only where each element is read at the
+    place where it is written, also after an earlier write to the same buffer. The stock
+    check looks for reads by the buffer's own name, but what has been written already is
+    read under the name of that write.
+    """
+    if not _stock_fusable_weak_dep(self, weak_dep, node1, node2):
+        return False
+    buffer_of = self.mutation_real_name
+    buffer = buffer_of[weak_dep.mutating_buf]
+    (write,) = (w for w in node2.read_writes.writes if w.name == weak_dep.mutating_buf)
+    return all(
+        isinstance(read, dependencies.MemoryDep)
+        and read.index == write.index
+        and read.size == write.size
+        for read in node1.read_writes.reads
+        if buffer_of.get(read.name) == buffer
+    )
 
 
 _stock_rev = lowering.lowerings[torch.ops.prims.rev.default]
