@@ -19,10 +19,9 @@ double parameter_s(const Instruction& instruction) { return (instruction.s % 17 
 
 /// The first line of an error, without the device's name.
 std::string first_line(const std::exception& error) {
-  std::string line = error.what();
-  if (const auto* own = dynamic_cast<const c10::Error*>(&error)) {
-    line = own->what_without_backtrace();
-  }
+  // `what()` of libtorch's own would look up the names of the functions on the stack.
+  const auto* own = dynamic_cast<const c10::Error*>(&error);
+  std::string line = own != nullptr ? own->what_without_backtrace() : error.what();
   line = line.substr(0, line.find('\n'));
   for (const char* name : {"lazy.", "Lazy", "lazy:0", "lazy", "cuda.", "CUDA", "cuda:0", "cuda", "CPU", "cpu"}) {
     for (size_t at; (at = line.find(name)) != std::string::npos;) {
