@@ -2,7 +2,6 @@
 /// For work on the backing device, whatever the calling thread has switched on.
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -12,8 +11,8 @@ namespace reprise {
 /// device, and below autocast: a step that is recorded under it may be run after it, and
 /// must be the same step.
 class BelowUserModes {
-  at::AutoDispatchBelowADInplaceOrView autograd_;
-  c10::impl::ExcludeDispatchKeyGuard autocast_{c10::autocast_dispatch_keyset};
+  c10::impl::ExcludeDispatchKeyGuard guard_{c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                            c10::autocast_dispatch_keyset};
 };
 
 }  // namespace reprise

@@ -66,7 +66,13 @@ struct HotOp<Op, Return(Args...)> {
   static Return pass(Passing& passing, std::tuple<Passed<Args>...>& passed, Args&... args) {
     const auto run = [&]() -> Return {
       const BelowUserModes below;
-      return std::apply([](auto&... each) -> Return { return Op::call(each.get()...); }, passed);
+      const c10::DispatchKeySet keys = passing.keys();
+      return std::apply(
+          [keys](auto&... each) -> Return {
+            if (C10_LIKELY(!keys.empty())) return Op::redispatch(keys, each.get()...);
+            return Op::call(each.get()...);
+          },
+          passed);
     };
     if constexpr (std::is_same_v<Return, at::Tensor&>) {
       run();

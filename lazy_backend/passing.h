@@ -29,10 +29,19 @@ class Passing {
   /// tensor or a device is of another kind.
   bool possible() const { return possible_; }
 
+  /// The one key that the backing device's op goes to; none where that takes a look at the
+  /// arguments: one of them has a conjugate bit, or is a number on the host.
+  c10::DispatchKeySet keys() const {
+    return alike_ && !keys_.empty() && keys_ == c10::DispatchKeySet(keys_.highestPriorityTypeId())
+               ? keys_
+               : c10::DispatchKeySet();
+  }
+
   at::Tensor unwrapped(const at::Tensor& tensor) {
     if (!tensor.defined()) return tensor;
     if (!is_lazy(tensor)) {
       possible_ = possible_ && tensor.dim() == 0 && tensor.device().is_cpu();
+      alike_ = false;
       return tensor;
     }
     const LazyStorage* storage = lazy_storage(tensor);
@@ -50,6 +59,7 @@ class Passing {
       same = same && !pair.backing.is_same(made);
     }
     pairs_.push_back({tensor.unsafeGetTensorImpl(), same ? made : unwrap(tensor)});
+    keys_ = keys_ | (pairs_.back().backing.key_set() & c10::after_ADInplaceOrView_keyset);
     return pairs_.back().backing;
   }
   std::optional<at::Tensor> unwrapped(const std::optional<at::Tensor>& tensor) {
@@ -116,6 +126,8 @@ class Passing {
   c10::SmallVector<Pair, 4> pairs_;
   c10::SmallVector<at::Tensor, 2> made_;
   c10::DeviceIndex index_ = -1;
+  c10::DispatchKeySet keys_;
+  bool alike_ = true;
   bool possible_ = true;
 };
 

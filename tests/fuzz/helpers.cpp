@@ -19,6 +19,18 @@ torch::Tensor like(const torch::Tensor& b, const torch::Tensor& a) {
   return flat.slice(0, 0, n).reshape(a.sizes());
 }
 
+bool share_storage(const torch::Tensor& a, const torch::Tensor& b) {
+  return a.has_storage() && b.has_storage() &&
+         a.storage().unsafeGetStorageImpl() == b.storage().unsafeGetStorageImpl();
+}
+
+torch::Tensor beside(const torch::Tensor& b, const torch::Tensor& a) {
+  torch::Tensor other = like(b, a);
+  const bool same = other.sizes() == a.sizes() && other.strides() == a.strides() &&
+                    other.storage_offset() == a.storage_offset();
+  return share_storage(other, a) && !same ? other.clone() : other;
+}
+
 torch::Tensor matrix(const torch::Tensor& a) {
   const int64_t n = a.numel();
   if (n == 0) return a.reshape({1, 0});

@@ -18,6 +18,12 @@ torch::Tensor small(const torch::Tensor& a, int64_t n = 64);
 /// `b` where it can be broadcast to `a`'s sizes, else its numbers, repeated or cut.
 torch::Tensor like(const torch::Tensor& b, const torch::Tensor& a);
 
+bool share_storage(const torch::Tensor& a, const torch::Tensor& b);
+
+/// As `like`, for an op that writes `a`: a copy where it shows elements of `a` at other
+/// places, of which eager reads old and new ones as its loops happen to run.
+torch::Tensor beside(const torch::Tensor& b, const torch::Tensor& a);
+
 /// Two dimensions, the first of 1 to 4.
 torch::Tensor matrix(const torch::Tensor& a);
 

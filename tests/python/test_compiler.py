@@ -219,6 +219,13 @@ class Outputs(CompilerTest):
     def test_zero_dimensional_and_empty(self):
         self.check(lambda x, y: (x.sum(), x.max() + y, x[:0].clone()), [torch.randn(5), torch.tensor(2.0)])
 
+    def test_indices_in_narrow_dtypes(self):
+        def f(x):
+            n = torch.arange(400)
+            return n.logical_not(), n.to(torch.uint8), n.bool() & (x > 0), n.to(torch.int16) * 100
+
+        self.check(f, [torch.randn(400)], tolerance=0)
+
     def test_a_number_reversed(self):
         self.check(lambda x: x.flip(0) + 1, [torch.tensor(3.0)])
 
@@ -324,6 +331,19 @@ class Inputs(CompilerTest):
             return w @ w.t()
 
         self.check(f, [torch.randn(16)])
+
+    def test_factors_of_a_matrix_product(self):
+        def f(bias, x, w):
+            exact = torch.addmm(bias, x, w, beta=1, alpha=1).relu() + 1
+            return exact, torch.addmm(bias, x, w, beta=-1.5, alpha=0.5).relu() + 1
+
+        def no_bias(bias, x, w):
+            return torch.addmm(bias, x, w, beta=0).relu() + 1
+
+        numbers = [torch.randn(6), torch.randn(4, 5), torch.randn(5, 6)]
+        self.check(f, numbers)
+        self.check(f, [(8 * t).long() for t in numbers], tolerance=0)
+        self.check(no_bias, [torch.full((6,), torch.nan), *numbers[1:]])
 
     def test_half_precision(self):
         def f(x, w):

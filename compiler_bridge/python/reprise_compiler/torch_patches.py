@@ -29,6 +29,7 @@ from torch._inductor import (
     cpp_builder,
     cpu_vec_isa,
     dependencies,
+    index_propagation,
     ir,
     lowering,
     pattern_matcher,
@@ -66,6 +67,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield pattern_matcher._TargetArgsExpr, "_match", _match_scales_too
     yield scheduler.SchedulerNode, "recompute_size_and_body", _recompute_size_and_body
     yield scheduler.Scheduler, "fusable_weak_dep", _fusable_weak_dep
+    yield index_propagation.SymPyOps, "to_dtype", staticmethod(_to_dtype)
     yield lowering.lowerings, torch.ops.prims.rev.default, _rev
     yield lowering.lowerings, _pad, _constant_pad_nd
     yield serialize.GraphModuleSerializer, "serialize_inputs", _serialize_inputs
@@ -140,6 +142,21 @@ def _fusable_weak_dep(self, weak_dep, node1, node2):
         for read in node1.read_writes.reads
         if buffer_of.get(read.name) == buffer
     )
+
+
+_stock_to_dtype = index_propagation.SymPyOps.to_dtype
+
+
+def _to_dtype(value, dtype, *args, **kwargs):
+    """Converts an index where the other dtype can hold it. Stock code takes an index for
+    the same number in every dtype: `arange(5).logical_not()` was true everywhere.
+    """
+    narrow = dtype is torch.bool or (
+        not dtype.is_floating_point and not dtype.is_complex and torch.iinfo(dtype).bits < 32
+    )
+    if narrow and not value.is_constant():
+        return NotImplemented
+    return _stock_to_dtype(value, dtype, *args, **kwargs)
 
 
 _stock_rev = lowering.lowerings[torch.ops.prims.rev.default]
@@ -306,9 +323,23 @@ def _eager_kernels() -> Iterator[tuple[Any, str, Any]]:
 def _bias_joins_pointwise_users() -> Iterator[tuple[Any, str, Any]]:
     """Adds the bias of a matrix product where its result is read next, as Inductor does
     on a GPU. `addmm` would first copy it into every row of the output.
+
+    Only a plain sum of floats: stock code multiplies integers by factors that `addmm`
+    rounds first, and a bias of NaNs by a factor of 0 that tells `addmm` not to read it.
     """
-    # Its one use: `should_prefer_unfused_addmm`.
-    yield post_grad, "is_gpu", lambda device_type: True
+
+    def plain_sum(match: pattern_matcher.Match) -> bool:
+        return (
+            match.kwargs["inp"].meta["val"].dtype.is_floating_point
+            and match.kwargs["alpha"] == 1
+            and match.kwargs["beta"] == 1
+            and all(post_grad.is_pointwise_use(use) for use in match.output_node().users)
+        )
+
+    for entries in post_grad.pass_patterns[2].patterns.values():
+        for entry in entries:
+            if entry.extra_check is post_grad.should_prefer_unfused_addmm:
+                yield entry, "extra_check", plain_sum
 
 
 _stock_should_realize_on_reuse = ir.StorageBox.should_realize_on_reuse
