@@ -1,0 +1,46 @@
+# `cmake --install`: the library, its headers, the compiler with its Python package, and
+# what other builds find it by: find_package(Reprise) and pkg-config.
+include(CMakePackageConfigHelpers)
+include(GNUInstallDirs)
+
+# Where the parts lie beside libreprise.so is what compile_queue.cpp expects.
+set(beside "${CMAKE_INSTALL_LIBDIR}/reprise")
+set(config "${CMAKE_INSTALL_LIBDIR}/cmake/Reprise")
+set_target_properties(reprise reprise_compiler PROPERTIES
+  INSTALL_RPATH "$ORIGIN;${REPRISE_TORCH_DIR}/lib" INSTALL_RPATH_USE_LINK_PATH ON)
+install(TARGETS reprise reprise_compiler LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/compiler_bridge/python/" DESTINATION "${beside}/python"
+        PATTERN "__pycache__" EXCLUDE)
+install(DIRECTORY "${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/reprise/toolchain"
+        DESTINATION "${beside}" USE_SOURCE_PERMISSIONS)
+
+set(REPRISE_INSTALL_LIBDIR "${CMAKE_INSTALL_LIBDIR}")
+set(REPRISE_INSTALL_INCLUDEDIR "${CMAKE_INSTALL_INCLUDEDIR}")
+set(generated "${PROJECT_BINARY_DIR}/generated")
+configure_package_config_file("${CMAKE_CURRENT_LIST_DIR}/RepriseConfig.cmake.in"
+  "${generated}/RepriseConfig.cmake" INSTALL_DESTINATION "${config}"
+  PATH_VARS REPRISE_INSTALL_LIBDIR REPRISE_INSTALL_INCLUDEDIR)
+write_basic_package_version_file("${generated}/RepriseConfigVersion.cmake"
+  COMPATIBILITY SameMinorVersion)
+install(FILES "${generated}/RepriseConfig.cmake" "${generated}/RepriseConfigVersion.cmake"
+              "${CMAKE_CURRENT_LIST_DIR}/LibTorch.cmake"
+              "${CMAKE_CURRENT_LIST_DIR}/describe_torch.py"
+        DESTINATION "${config}")
+
+set(cuda "")
+if(TARGET reprise_imported_torch_cuda)
+  # Nothing names a symbol of it, and it must be loaded for torch::kCUDA to exist.
+  set(cuda "-Wl,--no-as-needed -ltorch_cuda -Wl,-rpath-link,${REPRISE_TORCH_DIR}/lib")
+  foreach(wheel IN LISTS torch_cuda_wheels)
+    string(APPEND cuda " -Wl,-rpath-link,${wheel}/lib")
+  endforeach()
+endif()
+set(REPRISE_PC_CUDA "${cuda}")
+set(REPRISE_PC_PREFIX "@prefix@")
+configure_file("${CMAKE_CURRENT_LIST_DIR}/reprise.pc.in" "${generated}/reprise.pc.in" @ONLY)
+# The prefix is known when it is installed, not before.
+install(CODE "
+  set(prefix \"\${CMAKE_INSTALL_PREFIX}\")
+  configure_file(\"${generated}/reprise.pc.in\" \"${generated}/reprise.pc\" @ONLY)")
+install(FILES "${generated}/reprise.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig")
