@@ -106,7 +106,7 @@ TEST(ProcessExit, BySignalDuringACompile) {
 TEST(WithoutACompiler, APythonThatIsNotThereIsOneWarning) {
   const Ended ended = train({{"REPRISE_PYTHON", "/nowhere/python"},
                              {"REPRISE_CACHE_DIR", make_folder("no-python")}},
-                            {"train", "60", "3000"});
+                            {"scale", "60", "0.5"});
   expect_right(ended);
   EXPECT_EQ(ended.count("[W"), 1u) << ended.output;
   EXPECT_GE(ended.count("/nowhere/python"), 1u) << ended.output;
@@ -116,7 +116,7 @@ TEST(WithoutACompiler, APythonThatIsNotThereIsOneWarning) {
 TEST(WithoutACompiler, APythonWithoutTorchIsOneWarning) {
   const Ended ended =
       train({{"REPRISE_PYTHON", "/usr/bin/python3"}, {"REPRISE_CACHE_DIR", make_folder("bare")}},
-            {"train", "60", "4000"});
+            {"scale", "60", "0.5"});
   expect_right(ended);
   EXPECT_EQ(ended.count("[W"), 1u) << ended.output;
   EXPECT_GE(ended.count("torch"), 1u) << ended.output;
@@ -127,7 +127,7 @@ TEST(WithoutACompiler, NoCxxCompilerLeavesTheProgramInterpreted) {
   const Ended ended = train({{"PATH", empty},
                              {"CXX", ""},
                              {"REPRISE_CACHE_DIR", make_folder("no-cxx")}},
-                            {"train", "60", "14000"});
+                            {"scale", "60", "0.5"});
   expect_right(ended);
   EXPECT_GE(ended.count("[W"), 1u) << ended.output;
   EXPECT_LE(ended.count("[W"), 3u) << ended.output;  // one a program
