@@ -3,13 +3,17 @@
 #include <ATen/Context.h>
 #include <ATen/Version.h>
 #include <c10/util/Exception.h>
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <torch/csrc/lazy/core/hash.h>
 #include <torch/version.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <vector>
 
 #include "reprise/options.h"
 
@@ -44,6 +48,17 @@ std::string make_usable(const std::string& folder) {
   if ((info.st_mode & (S_IWGRP | S_IWOTH)) != 0) return "others may write to it";
   if (::access(folder.c_str(), W_OK) != 0) return "it cannot be written to";
   return "";
+}
+
+/// What the compiler names a file or folder before it is whole (build_package.py).
+constexpr const char* kUnfinished = ".partial-";
+/// One that is older was left by a process that ended.
+constexpr std::chrono::hours kLongestCompile{24};
+
+/// With its guards, which it needs: they go last.
+void remove_package(const std::string& file) {
+  ::unlink(file.c_str());
+  ::unlink((file + ".guards").c_str());
 }
 
 }  // namespace
@@ -84,10 +99,48 @@ std::optional<std::string> ArtifactStore::find(const std::string& key) const {
   const std::string file = path(key);
   struct stat info {};
   if (::stat(file.c_str(), &info) != 0 || info.st_uid != ::geteuid()) return std::nullopt;
+  ::utimensat(AT_FDCWD, file.c_str(), nullptr, 0);
   return file;
 }
 
-void ArtifactStore::drop(const std::string& key) const { ::unlink(path(key).c_str()); }
+void ArtifactStore::drop(const std::string& key) const { remove_package(path(key)); }
+
+void ArtifactStore::trim(const std::string& kept) const {
+  struct Package {
+    fs::path path;
+    fs::file_time_type used;
+    uint64_t bytes;
+  };
+  std::vector<Package> packages;
+  uint64_t total = 0;
+  const auto now = fs::file_time_type::clock::now();
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(folder_, error)) {
+    // Another process may remove any of them meanwhile.
+    std::error_code gone;
+    const fs::file_time_type written = entry.last_write_time(gone);
+    if (gone) continue;
+    if (entry.path().filename().string().starts_with(kUnfinished)) {
+      if (now - written > kLongestCompile) fs::remove_all(entry.path(), gone);
+    } else if (entry.path().extension() == ".pt2") {
+      const uint64_t bytes = entry.file_size(gone);
+      if (gone) continue;
+      total += bytes;
+      packages.push_back({entry.path(), written, bytes});
+    }
+  }
+  const uint64_t limit = options().cache_bytes;
+  if (limit == 0 || total <= limit) return;
+  std::sort(packages.begin(), packages.end(),
+            [](const Package& a, const Package& b) { return a.used < b.used; });
+  const fs::path newest = path(kept);
+  for (const Package& package : packages) {
+    if (total <= limit) break;
+    if (package.path.filename() == newest.filename()) continue;
+    remove_package(package.path.string());
+    total -= package.bytes;
+  }
+}
 
 bool ArtifactStore::empty() const {
   std::error_code error;

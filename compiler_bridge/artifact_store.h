@@ -21,12 +21,17 @@ class ArtifactStore {
   /// version, the device's capability and the store's format.
   std::string key(const std::string& trace) const;
 
-  /// The path of a stored package, or nothing.
+  /// The path of a stored package, or nothing. The package counts as used now.
   std::optional<std::string> find(const std::string& key) const;
   /// Where the package of that name belongs.
   std::string path(const std::string& key) const;
   /// Takes a package that does not load out of the store.
   void drop(const std::string& key) const;
+  /// Removes the packages that no process has used for longest until the others take
+  /// `options().cache_bytes` at most, and what interrupted compiles have left. The package
+  /// named `kept` stays. Safe while other processes use the folder: one whose package goes
+  /// before it has been loaded compiles it again.
+  void trim(const std::string& kept) const;
   /// Whether anything was ever stored here.
   bool empty() const;
 

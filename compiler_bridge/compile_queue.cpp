@@ -387,6 +387,7 @@ std::shared_ptr<Runner> CompileQueue::compile(Program& program, const std::strin
   const std::string phases = take(report);
   std::shared_ptr<Runner> runner = load_package_runner(path);
   loaded_[key] = runner;
+  ArtifactStore::get().trim(key);
   program.compile_seconds = seconds_since(start);
   metrics().programs_compiled.add(1);
   torch::lazy::Metric metric("reprise.CompileSeconds");

@@ -40,6 +40,7 @@ Options from_environment() {
   read("REPRISE_COMPILE_NICE", options.compile_niceness);
   read("REPRISE_COMPILE_SECONDS", options.compile_seconds);
   read("REPRISE_CACHE_DIR", options.cache_dir);
+  read("REPRISE_CACHE_BYTES", options.cache_bytes);
   read("REPRISE_PYTHON", options.python);
   read("REPRISE_LOG", options.log_level);
   read("REPRISE_REPORT", options.report_file);

@@ -226,6 +226,46 @@ TEST(CacheFolder, AFullDiskIsAWarningAndNothingMore) {
   EXPECT_GE(ended.count("No space left on device"), 1u) << ended.output;
 }
 
+size_t packages_in(const std::string& folder) {
+  size_t count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    count += entry.path().extension() == ".pt2" ? 1 : 0;
+  }
+  return count;
+}
+
+TEST(CacheFolder, WhatWasNotUsedForLongestMakesRoom) {
+  const std::string folder = make_folder("bounded");
+  const auto run = [&](const char* factor, const char* bytes) {
+    expect_right(train({{"REPRISE_CACHE_DIR", folder}, {"REPRISE_CACHE_BYTES", bytes}},
+                       {"scale", "60", factor}));
+  };
+  run("0.5", "0");
+  std::vector<std::filesystem::path> first;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.path().extension() == ".pt2") first.push_back(entry.path());
+  }
+  ASSERT_EQ(first.size(), 1u);
+  const auto bytes = std::filesystem::file_size(first[0]);
+  std::filesystem::create_directory(folder + "/.partial-abandoned");
+  std::filesystem::last_write_time(folder + "/.partial-abandoned",
+                                   std::filesystem::file_time_type::clock::now() - std::chrono::hours(48));
+  std::filesystem::create_directory(folder + "/.partial-of-now");
+
+  run("0.25", std::to_string(5 * bytes / 2).c_str());
+  EXPECT_EQ(packages_in(folder), 2u);
+  EXPECT_FALSE(std::filesystem::exists(folder + "/.partial-abandoned"));
+  EXPECT_TRUE(std::filesystem::exists(folder + "/.partial-of-now"));
+  run("0.5", "1");  // loaded, not compiled: used, and nothing new
+  EXPECT_EQ(packages_in(folder), 2u);
+  run("0.75", std::to_string(5 * bytes / 2).c_str());
+  EXPECT_EQ(packages_in(folder), 2u);
+  EXPECT_TRUE(std::filesystem::exists(first[0]));
+  run("1.25", "1");  // the newest stays, however large
+  EXPECT_EQ(packages_in(folder), 1u);
+  EXPECT_FALSE(std::filesystem::exists(first[0]));
+}
+
 TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
   const std::string folder = make_folder("damaged");
   const Settings settings{

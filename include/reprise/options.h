@@ -56,6 +56,10 @@ struct Options {
   /// `~/.cache/reprise`. `REPRISE_CACHE_DIR`.
   std::string cache_dir;
 
+  /// What the compiled packages on disk take at most, in bytes; 0: no limit. Beyond, those
+  /// that have not been used for longest are removed. `REPRISE_CACHE_BYTES`.
+  uint64_t cache_bytes = uint64_t{4} << 30;
+
   /// The interpreter whose torch compiles. Empty: the one Reprise was built
   /// with. `REPRISE_PYTHON`.
   std::string python;
