@@ -28,19 +28,14 @@ install(FILES "${generated}/RepriseConfig.cmake" "${generated}/RepriseConfigVers
               "${CMAKE_CURRENT_LIST_DIR}/describe_torch.py"
         DESTINATION "${config}")
 
-set(cuda "")
-if(TARGET reprise_imported_torch_cuda)
-  # Nothing names a symbol of it, and it must be loaded for torch::kCUDA to exist.
-  set(cuda "-Wl,--no-as-needed -ltorch_cuda -Wl,-rpath-link,${REPRISE_TORCH_DIR}/lib")
-  foreach(wheel IN LISTS torch_cuda_wheels)
-    string(APPEND cuda " -Wl,-rpath-link,${wheel}/lib")
-  endforeach()
+# Found relative to its own place, as the CMake package is, with libtorch's own options.
+set(pkgconfig "${CMAKE_INSTALL_LIBDIR}/pkgconfig")
+file(RELATIVE_PATH REPRISE_PC_TO_PREFIX "/${pkgconfig}" "/")
+get_target_property(options reprise_libtorch INTERFACE_LINK_OPTIONS)
+if(NOT options)  # without CUDA there are none
+  set(options "")
 endif()
-set(REPRISE_PC_CUDA "${cuda}")
-set(REPRISE_PC_PREFIX "@prefix@")
-configure_file("${CMAKE_CURRENT_LIST_DIR}/reprise.pc.in" "${generated}/reprise.pc.in" @ONLY)
-# The prefix is known when it is installed, not before.
-install(CODE "
-  set(prefix \"\${CMAKE_INSTALL_PREFIX}\")
-  configure_file(\"${generated}/reprise.pc.in\" \"${generated}/reprise.pc\" @ONLY)")
-install(FILES "${generated}/reprise.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig")
+list(TRANSFORM options REPLACE "^LINKER:" "-Wl,")
+list(JOIN options " " REPRISE_PC_LIBTORCH)
+configure_file("${CMAKE_CURRENT_LIST_DIR}/reprise.pc.in" "${generated}/reprise.pc" @ONLY)
+install(FILES "${generated}/reprise.pc" DESTINATION "${pkgconfig}")

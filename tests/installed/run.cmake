@@ -34,7 +34,7 @@ endif()
 get_filename_component(libdir "${library}" DIRECTORY)
 execute_process(
   COMMAND "${CMAKE_COMMAND}" -E env "PKG_CONFIG_PATH=${libdir}/pkgconfig"
-          "${PKG_CONFIG}" --define-prefix --cflags --libs reprise
+          "${PKG_CONFIG}" --cflags --libs reprise
   OUTPUT_VARIABLE flags OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 separate_arguments(flags NATIVE_COMMAND "${flags}")
 run("${CXX}" "${source}/consumer.cpp" -o "${WORK}/by_pkg_config" ${flags})
