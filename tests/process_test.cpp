@@ -226,12 +226,12 @@ TEST(CacheFolder, AFullDiskIsAWarningAndNothingMore) {
   EXPECT_GE(ended.count("No space left on device"), 1u) << ended.output;
 }
 
-size_t packages_in(const std::string& folder) {
-  size_t count = 0;
+std::vector<std::filesystem::path> packages_in(const std::string& folder) {
+  std::vector<std::filesystem::path> packages;
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    count += entry.path().extension() == ".pt2" ? 1 : 0;
+    if (entry.path().extension() == ".pt2") packages.push_back(entry.path());
   }
-  return count;
+  return packages;
 }
 
 TEST(CacheFolder, WhatWasNotUsedForLongestMakesRoom) {
@@ -241,10 +241,7 @@ TEST(CacheFolder, WhatWasNotUsedForLongestMakesRoom) {
                        {"scale", "60", factor}));
   };
   run("0.5", "0");
-  std::vector<std::filesystem::path> first;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (entry.path().extension() == ".pt2") first.push_back(entry.path());
-  }
+  const auto first = packages_in(folder);
   ASSERT_EQ(first.size(), 1u);
   const auto bytes = std::filesystem::file_size(first[0]);
   std::filesystem::create_directory(folder + "/.partial-abandoned");
@@ -253,16 +250,16 @@ TEST(CacheFolder, WhatWasNotUsedForLongestMakesRoom) {
   std::filesystem::create_directory(folder + "/.partial-of-now");
 
   run("0.25", std::to_string(5 * bytes / 2).c_str());
-  EXPECT_EQ(packages_in(folder), 2u);
+  EXPECT_EQ(packages_in(folder).size(), 2u);
   EXPECT_FALSE(std::filesystem::exists(folder + "/.partial-abandoned"));
   EXPECT_TRUE(std::filesystem::exists(folder + "/.partial-of-now"));
   run("0.5", "1");  // loaded, not compiled: used, and nothing new
-  EXPECT_EQ(packages_in(folder), 2u);
+  EXPECT_EQ(packages_in(folder).size(), 2u);
   run("0.75", std::to_string(5 * bytes / 2).c_str());
-  EXPECT_EQ(packages_in(folder), 2u);
+  EXPECT_EQ(packages_in(folder).size(), 2u);
   EXPECT_TRUE(std::filesystem::exists(first[0]));
   run("1.25", "1");  // the newest stays, however large
-  EXPECT_EQ(packages_in(folder), 1u);
+  EXPECT_EQ(packages_in(folder).size(), 1u);
   EXPECT_FALSE(std::filesystem::exists(first[0]));
 }
 
@@ -272,13 +269,9 @@ TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
       {"REPRISE_CACHE_DIR", folder}, {"REPRISE_LOG", "1"}, {"WAIT_FOR_COMPILES", "1"}};
   const Ended first = train(settings);
   expect_right(first);
-  size_t packages = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (entry.path().extension() != ".pt2") continue;
-    std::filesystem::resize_file(entry.path(), 100);
-    ++packages;
-  }
-  ASSERT_GE(packages, 1u) << first.output;
+  const auto packages = packages_in(folder);
+  for (const auto& package : packages) std::filesystem::resize_file(package, 100);
+  ASSERT_GE(packages.size(), 1u) << first.output;
   const Ended second = train(settings);
   expect_right(second);
   EXPECT_GE(second.count("damaged"), 1u) << second.output;
@@ -293,11 +286,8 @@ TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
 
 /// The only package in a folder.
 std::filesystem::path package_in(const std::string& folder) {
-  std::filesystem::path found;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (entry.path().extension() == ".pt2") found = entry.path();
-  }
-  return found;
+  const auto packages = packages_in(folder);
+  return packages.empty() ? std::filesystem::path() : packages.back();
 }
 
 TEST(WrongPrograms, AreRefusedAtTheirFirstRun) {
