@@ -30,18 +30,17 @@ class Passing {
   bool possible() const { return possible_; }
 
   /// The one key that the backing device's op goes to; none where that takes a look at the
-  /// arguments: one of them has a conjugate bit, or is a number on the host.
+  /// arguments: one of them has a conjugate bit, or is a number of another device.
   c10::DispatchKeySet keys() const {
-    return alike_ && !keys_.empty() && keys_ == c10::DispatchKeySet(keys_.highestPriorityTypeId())
-               ? keys_
-               : c10::DispatchKeySet();
+    return keys_ == c10::DispatchKeySet(keys_.highestPriorityTypeId()) ? keys_
+                                                                       : c10::DispatchKeySet();
   }
 
   at::Tensor unwrapped(const at::Tensor& tensor) {
     if (!tensor.defined()) return tensor;
     if (!is_lazy(tensor)) {
       possible_ = possible_ && tensor.dim() == 0 && tensor.device().is_cpu();
-      alike_ = false;
+      add_keys(tensor);
       return tensor;
     }
     const LazyStorage* storage = lazy_storage(tensor);
@@ -59,7 +58,7 @@ class Passing {
       same = same && !pair.backing.is_same(made);
     }
     pairs_.push_back({tensor.unsafeGetTensorImpl(), same ? made : unwrap(tensor)});
-    keys_ = keys_ | (pairs_.back().backing.key_set() & c10::after_ADInplaceOrView_keyset);
+    add_keys(pairs_.back().backing);
     return pairs_.back().backing;
   }
   std::optional<at::Tensor> unwrapped(const std::optional<at::Tensor>& tensor) {
@@ -119,6 +118,10 @@ class Passing {
   }
 
  private:
+  void add_keys(const at::Tensor& backing) {
+    keys_ = keys_ | (backing.key_set() & c10::after_ADInplaceOrView_keyset);
+  }
+
   struct Pair {
     c10::TensorImpl* lazy;  ///< of an argument, which the caller holds, or in `made_`
     at::Tensor backing;
@@ -127,7 +130,6 @@ class Passing {
   c10::SmallVector<at::Tensor, 2> made_;
   c10::DeviceIndex index_ = -1;
   c10::DispatchKeySet keys_;
-  bool alike_ = true;
   bool possible_ = true;
 };
 
