@@ -117,9 +117,9 @@ std::vector<Outcome> run_all(const std::vector<Program>& programs, torch::Device
 std::vector<std::vector<torch::Tensor>> disturbed_runs(const Program& program, uint32_t time,
                                                        int count, double noise) {
   std::vector<std::vector<torch::Tensor>> runs;
+  Machine::Settings settings = one_segment(program, time);
+  settings.noise = noise;
   for (int k = 0; k < count; ++k) {
-    Machine::Settings settings = one_segment(program, time);
-    settings.noise = noise;
     settings.noise_seed = static_cast<uint64_t>(k + 1);
     runs.push_back(on_host(Machine(program, backing_device(), settings).step(time).values));
   }

@@ -205,7 +205,8 @@ std::vector<Op> make_ops() {
       DO(floating(a).sum().backward()),
       DO(floating(a).pow(2).mean().backward({}, true)),
       DO({ torch::NoGradGuard no_grad; a.sub_(gradient_of(a) * 0.1); }),
-      // Nothing that libtorch makes the history of views anew from on a lazy device: README.
+      // Not a view, nor off again: after an update in place libtorch cannot make the history
+      // of such views anew on a lazy device (README).
       DO(if (!a.is_view() && i > 3) a.requires_grad_()),
       DO(a.mutable_grad().reset()),
       // What the host sees.
