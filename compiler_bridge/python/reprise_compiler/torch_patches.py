@@ -151,9 +151,7 @@ def _to_dtype(value, dtype, *args, **kwargs):
     """Converts an index where the other dtype can hold it. Stock code takes an index for
     the same number in every dtype: `arange(5).logical_not()` was true everywhere.
     """
-    narrow = dtype is torch.bool or (
-        not dtype.is_floating_point and not dtype.is_complex and torch.iinfo(dtype).bits < 32
-    )
+    narrow = dtype.itemsize < 4 and not dtype.is_floating_point
     if narrow and not value.is_constant():
         return NotImplemented
     return _stock_to_dtype(value, dtype, *args, **kwargs)

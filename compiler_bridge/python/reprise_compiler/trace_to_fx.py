@@ -239,8 +239,8 @@ class _GraphBuilder:
         node = self.graph.call_function(op, tuple(positional), keywords)
         if any(r.alias_info for r in schema.returns) and op not in _VIEWS_AS_ANOTHER_DTYPE:
             if positional and isinstance(positional[0], Node):
-                self.bases[node] = self.base(positional[0])
-                if op in _OVERLAPPING_VIEWS or positional[0] in self.overlapping:
+                self.add_view(node, positional[0])
+                if op in _OVERLAPPING_VIEWS:
                     self.overlapping.add(node)
         results = step["results"]
         if len(results) != len(schema.returns):
@@ -341,6 +341,11 @@ class _GraphBuilder:
     def base(self, node: Node) -> Node:
         return self.bases.get(node, node)
 
+    def add_view(self, view: Node, source: Node) -> None:
+        self.bases[view] = self.base(source)
+        if source in self.overlapping:
+            self.overlapping.add(view)
+
     def bind(self, result: dict[str, Any], node: Node) -> None:
         if "list" in result:
             for k, element in enumerate(result["list"]):
@@ -354,9 +359,7 @@ class _GraphBuilder:
     def item(self, node: Node, k: int) -> Node:
         item = self.graph.call_function(operator.getitem, (node, k))
         if node in self.bases:
-            self.bases[item] = self.bases[node]
-        if node in self.overlapping:
-            self.overlapping.add(item)
+            self.add_view(item, node)
         return item
 
     def value(self, number: int) -> Node:
