@@ -136,7 +136,7 @@ void ArtifactStore::trim(const std::string& kept) const {
   const fs::path newest = path(kept);
   for (const Package& package : packages) {
     if (total <= limit) break;
-    if (package.path.filename() == newest.filename()) continue;
+    if (package.path == newest) continue;
     remove_package(package.path.string());
     total -= package.bytes;
   }

@@ -387,13 +387,13 @@ std::shared_ptr<Runner> CompileQueue::compile(Program& program, const std::strin
   const std::string phases = take(report);
   std::shared_ptr<Runner> runner = load_package_runner(path);
   loaded_[key] = runner;
-  ArtifactStore::get().trim(key);
   program.compile_seconds = seconds_since(start);
   metrics().programs_compiled.add(1);
   torch::lazy::Metric metric("reprise.CompileSeconds");
   metric.AddSample(program.compile_seconds);
   REPRISE_LOG(1, program.name, ": compiled ", program.steps.size(), " ops in ",
               program.compile_seconds, " s ", phases);
+  ArtifactStore::get().trim(key);
   return runner;
 }
 
