@@ -11,6 +11,7 @@
 
 #include "lazy_backend/capture.h"
 #include "lazy_backend/match.h"
+#include "lazy_backend/op_policy.h"
 #include "lazy_backend/passing.h"
 #include "lazy_backend/session.h"
 
@@ -49,7 +50,7 @@ struct HotOp<Op, Return(Args...)> {
         passes = session.passes();
       }
     }
-    // An op on lists returns nothing or counts versions itself: see OpPolicy.
+    // An op that returns nothing writes lists, whose results `Passing` does not know.
     if constexpr (!std::is_void_v<Return>) {
       if (passes) {
         Passing passing;
@@ -164,6 +165,8 @@ void add(torch::Library& library, std::vector<std::string>& names) {
   const auto op = c10::Dispatcher::singleton().findOp({Op::name, Op::overload_name});
   // A composite op is captured in the pieces of which its gradient is made.
   if (!op || op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) return;
+  // Results are all that this entry makes; versions are counted by the boxed one.
+  if (policy_of(*op).counts_versions) return;
   std::string name = std::string(Op::name).substr(6);
   if (Op::overload_name[0] != '\0') name += std::string(".") + Op::overload_name;
   library.impl(name.c_str(), torch::CppFunction::makeFromUnboxedFunction(

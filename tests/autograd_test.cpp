@@ -247,10 +247,10 @@ TEST_F(Autograd, WritesByListsAreCounted) {
     std::vector<uint32_t> seen;
     const auto x = random(device, {3}), y = random(device, {2}, torch::kDouble);
     for (int k = 0; k < 3; ++k) {
+      x.add_(1);  // a segment's first op does not go the way of the others
       torch::_foreach_mul_({x, y}, 2);
       seen.push_back(x._version());
       seen.push_back(y._version());
-      x.add_(1);
       mark_step();
     }
     auto base = random(device, {4});
