@@ -24,6 +24,7 @@
 #include "lazy_backend/metrics.h"
 #include "lazy_backend/shape_inference.h"
 #include "reprise/options.h"
+#include "symint/symbols.h"
 
 namespace reprise {
 namespace {
@@ -60,6 +61,30 @@ void lower_priority() {
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+/// Gives sizes of inputs the names of the user's marks.
+void name_sites(SplitTrace& trace, const Program& program) {
+  std::unordered_map<uint32_t, const std::vector<Expression>*> known;  // by slot
+  for (const StepPtr& step : program.steps) {
+    if (step->symbolic == nullptr) continue;
+    size_t next = 0;
+    for_each_tensor(step->args, [&](const Arg& arg) {
+      const auto& expressions = step->symbolic->arguments[next++];
+      if (!expressions.empty()) known.try_emplace(arg.slot, &expressions);
+    });
+  }
+  for (SplitTrace::Site& site : trace.sites) {
+    if (site.kind != SplitTrace::Site::Kind::kSize || site.input >= program.inputs.size()) continue;
+    const ProgramInput& input = program.inputs[site.input];
+    const auto found = known.find(input.index);
+    if (input.kind != ProgramInput::Kind::kSlot || found == known.end()) continue;
+    if (found->second->size() != input.geometry.dims.size() + 1) continue;  // it enters whole
+    const Expression& size = (*found->second)[site.dim];
+    if (size.kind() == Expression::Kind::kSymbol) {
+      site.name = symbol_name(static_cast<uint32_t>(size.value()));
+    }
+  }
 }
 
 }  // namespace
@@ -244,8 +269,13 @@ void CompileQueue::process_all_sizes(Program& program) {
   }
   program.other_sizes.clear();
   auto outline = std::make_shared<TraceOutline>();
-  const SplitTrace split(write_trace(program, outline.get()));
+  SplitTrace split(write_trace(program, outline.get()));
+  name_sites(split, program);
   ProgramFamily& family = note(split);
+  {
+    const std::lock_guard lock(families_mutex_);
+    family.name_sites(split.sites);
+  }
   std::vector<int64_t> integers;
   outline->complete = outline->complete && outline->apply(program, integers) &&
                       integers == split.integers;
@@ -333,7 +363,8 @@ bool CompileQueue::serve_or_compile(Program& program, const SplitTrace& split,
     program.reason = family.differences(split.integers);
   }
   REPRISE_LOG(1, program.name, ": ", program.reason, "; a program over ",
-              general->symbol_count(), " symbols (", general->symbols_text(), ") is compiled");
+              general->symbol_count(), " symbols (",
+              general->symbols_text(*general->symbols_of(split.integers)), ") is compiled");
   const std::string key = ArtifactStore::get().key(general->text());
   std::string problem;
   try {

@@ -21,12 +21,8 @@ std::optional<ProgramFamily::Serving> ProgramFamily::serving(
     if (program->shared->wrong) continue;
     const auto symbols = program->trace.symbols_of(integers);
     if (!symbols || program->broken_guard(*symbols) != nullptr) continue;
-    std::string text;
-    for (size_t k = 0; k < symbols->size(); ++k) {
-      text += c10::str(k == 0 ? "" : ", ", "s", k, " = ", (*symbols)[k]);
-    }
     const auto numbers = static_cast<std::ptrdiff_t>(program->trace.number_count());
-    return Serving{program->runner, program->shared, text + " (" + program->trace.symbols_text() + ")",
+    return Serving{program->runner, program->shared, program->trace.symbols_text(*symbols),
                    {symbols->end() - numbers, symbols->end()}};
   }
   return std::nullopt;
@@ -34,7 +30,10 @@ std::optional<ProgramFamily::Serving> ProgramFamily::serving(
 
 void ProgramFamily::add(GeneralProgram program) {
   std::string& text = program.shared->guards;
-  for (const Expression& guard : program.guards) text += (text.empty() ? "" : ", ") + guard.text();
+  const std::vector<std::string> names = program.trace.names();
+  for (const Expression& guard : program.guards) {
+    text += (text.empty() ? "" : ", ") + guard.named_text(names);
+  }
   programs_.push_back(std::move(program));
 }
 
@@ -67,7 +66,7 @@ std::string ProgramFamily::differences(const std::vector<int64_t>& integers) con
     const auto symbols = last.trace.symbols_of(integers);
     if (!symbols) return last.trace.mismatch(integers);
     if (const Expression* guard = last.broken_guard(*symbols)) {
-      return "the program over symbols holds where " + guard->text();
+      return "the program over symbols holds where " + guard->named_text(last.trace.names());
     }
   }
   const auto other = std::find_if(members_.rbegin(), members_.rend(),

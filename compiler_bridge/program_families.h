@@ -40,6 +40,9 @@ class ProgramFamily {
   };
   std::optional<Serving> serving(const std::vector<int64_t>& integers) const;
 
+  /// What the user calls these sites, where they have names.
+  void name_sites(const std::vector<SplitTrace::Site>& sites) { like_.sites = sites; }
+
   /// There is a trace with these integers.
   void note(const std::vector<int64_t>& integers);
   /// A trace over symbols that covers one with these integers, which was noted, where
@@ -58,7 +61,7 @@ class ProgramFamily {
   /// Traces kept to make guesses of.
   static constexpr size_t kMostMembers = 8;
 
-  const SplitTrace like_;
+  SplitTrace like_;
   std::vector<std::vector<int64_t>> members_;
   std::vector<GeneralProgram> programs_;
   int tried_ = 0;

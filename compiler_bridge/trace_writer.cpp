@@ -60,6 +60,16 @@ std::string list_text(const Items& items, const Write& write) {
 std::string ints_text(c10::IntArrayRef ints) {
   return list_text(ints, [](int64_t value) { return std::to_string(value); });
 }
+/// Sizes that were marked as static, as text: traces in which they differ have nothing in
+/// common.
+std::string fixed_text(const Geometry& geometry) {
+  std::string out;
+  for (uint32_t k = 0; k < geometry.rank; ++k) {
+    if (((geometry.fixed >> k) & 1) == 0) continue;
+    out += c10::str(out.empty() ? ",\"fixed\":\"" : " ", k, "=", geometry.dims[k]);
+  }
+  return out.empty() ? out : out + '"';
+}
 std::string field(const char* name, const std::string& value) {
   return std::string("{\"") + name + "\":" + value + "}";
 }
@@ -400,7 +410,7 @@ class Writer {
                       ",\"dtype\":", dtype_text(input.geometry.dtype),
                       ",\"sizes\":", ints_text(input.geometry.sizes()),
                       ",\"strides\":", ints_text(input.geometry.strides()),
-                      ",\"offset\":", input.geometry.offset, "}");
+                      ",\"offset\":", input.geometry.offset, fixed_text(input.geometry), "}");
     };
     return c10::str("{\"format\":1,\"device\":", json_text(device_.str()),
                     ",\"inputs\":", list_text(program_.inputs, input_text), ",\"steps\":[",

@@ -220,6 +220,9 @@ void launch(Node& node, Segment& segment) {
   }
   if (!options().compile || end.once || !worth_a_compile(end)) return;
   const bool none = end.program == nullptr;
+  if (none && end.pattern != nullptr && end.pattern->request_marked(end.name, end.steps, segment)) {
+    return;
+  }
   const bool other_outputs = !none && end.wider == nullptr &&
                              end.program->state == Program::State::kReady &&
                              !covers(*end.program, segment);

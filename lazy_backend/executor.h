@@ -22,6 +22,7 @@ struct SegmentEnd {
   std::string name;
   std::string replay_range, interpret_range;  ///< names in a profiler's trace
   std::string reason;  ///< why the last one ended here
+  std::string symbols;  ///< `SymbolicTrace::text()`
   bool at_error = false;  ///< the op that came next threw
   bool once = false;      ///< it is in no tree, and nobody comes here again
   uint64_t last_run = 0;  ///< or recorded: by its session's count of segments

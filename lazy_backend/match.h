@@ -19,6 +19,7 @@
 #include "lazy_backend/segment.h"
 #include "lazy_backend/trace.h"
 #include "lazy_backend/trace_tree.h"
+#include "symint/symbolic_number.h"
 
 namespace reprise {
 
@@ -44,9 +45,7 @@ class CallHash {
     add(impl->storage_offset());
   }
   void add(int64_t number) { value_ = (value_ ^ static_cast<uint64_t>(number)) * 0x9e3779b97f4a7c15u; }
-  void add(const c10::SymInt& number) {
-    if (!number.is_heap_allocated()) add(number.as_int_unchecked());
-  }
+  void add(const c10::SymInt& number) { add(SymbolicNumber::value_of(number)); }
   void add(const at::Scalar& number) {
     if (number.isIntegral(/*includeBool=*/false)) add(number.to<int64_t>());
   }
@@ -144,7 +143,7 @@ class Matcher {
     return arg.kind == Arg::Kind::kDouble && match_float(arg, arg.d, value);
   }
   bool match(const Arg& arg, const c10::SymInt& value) {
-    return !value.is_heap_allocated() && match(arg, value.as_int_unchecked());
+    return match(arg, SymbolicNumber::value_of(value));
   }
   bool match(const Arg& arg, const at::Scalar& value) {
     if (value.isFloatingPoint()) return match(arg, value.to<double>());
@@ -163,7 +162,7 @@ class Matcher {
     const auto ints = arg.ints();
     if (ints.size() != value.size()) return false;
     for (size_t k = 0; k < ints.size(); ++k) {
-      if (value[k].is_heap_allocated() || value[k].as_int_unchecked() != ints[k]) return false;
+      if (SymbolicNumber::value_of(value[k]) != ints[k]) return false;
     }
     return true;
   }

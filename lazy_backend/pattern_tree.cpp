@@ -25,31 +25,51 @@ void drop_programs_below(PatternTree::Node& top) {
 }  // namespace
 
 void Pattern::add_size(const std::string& name, std::vector<StepPtr> steps,
-                       const Segment& segment) {
+                       const Segment& segment, std::vector<std::vector<int64_t>> others) {
   ++sizes_;
   ops_ += steps.size();
   const bool pending =
       requested_ != nullptr && requested_->state.load() == Program::State::kQueued;
-  const bool wanted = unserved_ && !pending && sizes_ >= next_request_ &&
+  const bool wanted = unserved_ && !pending && sizes_ + marked_.size() >= next_request_ &&
                       requests_ < kMostRequests && options().compile &&
                       static_cast<int64_t>(ops_) >= options().compile_after_ops;
-  if (wanted) {
-    auto program = std::make_shared<Program>();
-    program->name = name;
-    program->steps = steps;
-    const Step& last = *steps.back();
-    program->live = segment.live_slots(last.first_slot + last.slot_count);
-    program->device_index = last.device_index;
-    program->other_sizes = examples_;
-    requested_ = program;
-    ++requests_;
-    next_request_ = 2 * sizes_;
-    unserved_ = false;
-    metrics().programs_requested.add(1);
-    CompileQueue::get().push(std::move(program));
-  }
+  if (wanted) request(name, steps, segment);
+  if (marked_.empty()) marked_ = std::move(others);
   if (examples_.size() == kMostExamples) examples_.erase(examples_.begin());
   examples_.push_back(std::move(steps));
+}
+
+bool Pattern::request_marked(const std::string& name, const std::vector<StepPtr>& steps,
+                             const Segment& segment) {
+  if (marked_.empty() || program() != nullptr) return false;
+  if (requests_ == 0) request(name, steps, segment);
+  return awaits();
+}
+
+void Pattern::request(const std::string& name, const std::vector<StepPtr>& steps,
+                      const Segment& segment) {
+  auto program = std::make_shared<Program>();
+  program->name = name;
+  program->steps = steps;
+  const Step& last = *steps.back();
+  program->live = segment.live_slots(last.first_slot + last.slot_count);
+  program->device_index = last.device_index;
+  program->other_sizes = examples_;
+  for (const auto& symbols : marked_) {
+    std::vector<StepPtr> other;
+    for (const StepPtr& step : steps) {
+      auto elsewhere = at_symbols(*step, symbols);
+      if (elsewhere == nullptr) break;
+      other.push_back(std::move(elsewhere));
+    }
+    if (other.size() == steps.size()) program->other_sizes.push_back(std::move(other));
+  }
+  requested_ = program;
+  ++requests_;
+  next_request_ = 2 * sizes_;
+  unserved_ = false;
+  metrics().programs_requested.add(1);
+  CompileQueue::get().push(std::move(program));
 }
 
 const std::shared_ptr<Program>& Pattern::program() {

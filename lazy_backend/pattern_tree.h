@@ -26,8 +26,16 @@ class Pattern {
   bool awaits() const { return requested_ != nullptr; }
 
   /// Another size was met: these steps, whose slots are bound in `segment`. Asks for a
-  /// program over symbols where there are sizes enough.
-  void add_size(const std::string& name, std::vector<StepPtr> steps, const Segment& segment);
+  /// program over symbols where there are sizes enough. `others`: values of the symbols of
+  /// the user's marks, where the steps are possible as well (`at_symbols`); then this size
+  /// and another one are enough.
+  void add_size(const std::string& name, std::vector<StepPtr> steps, const Segment& segment,
+                std::vector<std::vector<int64_t>> others = {});
+
+  /// This size is worth a program. Returns whether it is to be one over symbols, by the
+  /// user's marks, which is asked for where it has not been.
+  bool request_marked(const std::string& name, const std::vector<StepPtr>& steps,
+                      const Segment& segment);
 
   /// The program over symbols at one of the sizes, whose outputs are those that another
   /// size's would have; null where there is none yet.
@@ -51,6 +59,9 @@ class Pattern {
   static constexpr int kMostRequests = 4;
   static constexpr size_t kMostRemembered = 4096;
 
+  void request(const std::string& name, const std::vector<StepPtr>& steps, const Segment& segment);
+
+  std::vector<std::vector<int64_t>> marked_;  ///< values of the symbols of the user's marks
   uint64_t sizes_ = 0;
   uint64_t ops_ = 0;
   uint64_t next_request_ = kSizes;  ///< when there are so many sizes

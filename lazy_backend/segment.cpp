@@ -3,6 +3,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include "lazy_backend/device.h"
+#include "lazy_backend/symbolic_shape.h"
 
 namespace reprise {
 
@@ -39,7 +40,8 @@ at::Tensor Segment::make_new(const Result& result) {
   impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
   if (C10_UNLIKELY(geometry.conjugate)) impl->_set_conj(true);
   if (C10_UNLIKELY(geometry.negative)) impl->_set_neg(true);
-  return at::Tensor(std::move(impl));
+  at::Tensor tensor(std::move(impl));
+  return C10_LIKELY(result.symbolic == nullptr) ? tensor : with_shape(tensor, result.symbolic);
 }
 
 at::Tensor Segment::make_alias(const Result& result, c10::DispatchKeySet keys) const {
@@ -60,7 +62,8 @@ at::Tensor Segment::make_alias(const Result& result, c10::DispatchKeySet keys) c
       c10::TensorImpl::VIEW, std::move(storage), keys,
       c10::scalarTypeToTypeMeta(geometry.dtype));
   impl->set_sizes_and_strides(geometry.sizes(), geometry.strides(), geometry.offset);
-  return at::Tensor(std::move(impl));
+  at::Tensor tensor(std::move(impl));
+  return C10_LIKELY(result.symbolic == nullptr) ? tensor : with_shape(tensor, result.symbolic);
 }
 
 void Segment::rollback(uint32_t size) {

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <sstream>
 
 #include "compiler_bridge/compile_queue.h"
 #include "lazy_backend/below_user_modes.h"
@@ -110,6 +111,7 @@ Session& Session::attach() {
   Session* session = registry.idle.back();
   registry.idle.pop_back();
   exit.session = current_session_ = session;
+  GuardListener::current() = session;
   // A program may run here before any op of libtorch has.
   at::internal::lazy_init_num_threads();
   const std::lock_guard<SessionLock> own(session->lock_);
@@ -133,6 +135,7 @@ void Session::detach(Session* session) {
     TORCH_WARN("reprise: a pending step failed when its thread ended: ", error.what());
   }
   current_session_ = nullptr;
+  GuardListener::current() = nullptr;
   Sessions& registry = sessions();
   const std::lock_guard guard(registry.mutex);
   registry.idle.push_back(session);
@@ -162,6 +165,8 @@ void Session::begin_segment() {
   environment_ = environment_key();
   root_ = tree_.root(environment_);
   log_.clear();
+  symbolic_.begin();
+  alike_ = any_symbolic() ? patterns_.root(environment_) : nullptr;
   finder_.restart();
   live_at_start_ = LazyStorage::live_on_this_thread();
   cursor_ = root_->child != nullptr && pause_ == 0 ? root_ : nullptr;
@@ -205,6 +210,7 @@ void Session::end_segment(const char* reason) {
     end.reason = reason;
     end.at_error = end.at_error || reason == kAnOpThrew;
     ++end.recorded;
+    end.symbols = symbolic_.text();
     REPRISE_LOG(1, end.name, ": recorded ", log_.size(), " ops, ended by ", reason);
   }
   begin_segment();
@@ -320,6 +326,9 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   settle_others(arguments);
 
   const std::lock_guard<SessionLock> guard(lock_);
+  if (C10_UNLIKELY(any_symbolic())) {
+    symbolic_.take_numbers({stack->data() + (stack->size() - arguments.size()), arguments.size()});
+  }
   const OpPolicy& how = policy(op);
   if (C10_UNLIKELY(how.counts_versions)) {
     for (const uint8_t k : how.writes) {
@@ -496,6 +505,8 @@ void Session::recover() {
   if (node == root_) return;
   metrics().ops_verified.add(std::exchange(ops_verified_, 0));
   log_ = TraceTree::path(node);
+  for (const StepPtr& step : log_) symbolic_.follow(*step);
+  alike_ = nullptr;
   run_log(node);
 }
 
@@ -538,12 +549,14 @@ bool Session::begin_inferring(const c10::OperatorHandle& op, const OpPolicy& how
   hot_cursor_ = nullptr;
   pattern_ = pattern;
   log_ = std::move(steps);
+  for (const StepPtr& step : log_) symbolic_.follow(*step);
   if (infer(op, how, stack)) {
     metrics().ops_verified.add(std::exchange(ops_verified_, 0));
     return true;
   }
   pattern_ = nullptr;
   log_.clear();
+  symbolic_.begin();
   cursor_ = cursor;
   return false;
 }
@@ -584,6 +597,7 @@ bool Session::infer(const c10::OperatorHandle& op, const OpPolicy& how,
     if (arg.dynamic) current_.scalars.push_back(arg.number());
   }
   step->live_before = static_cast<int32_t>(live);
+  describe(*step, recorder, how, values, next->step.get());
   for (const uint32_t slot : step->written_inputs) current_.at(slot)->set_pending_in(this);
   if (step->randomness != Randomness::kNone) draw_random(*step);
   log_.push_back(std::move(step));
@@ -609,6 +623,7 @@ PatternTree::Node* Session::next_pattern(Step& step) const {
 void Session::stop_inferring() {
   launch_closed();
   pattern_ = nullptr;
+  alike_ = nullptr;
   run_log(nullptr);
   refeed();
 }
@@ -669,6 +684,8 @@ void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
     return;
   }
   step->live_before = static_cast<int32_t>(live);
+  if (alike_ != nullptr) alike_ = PatternTree::find(alike_, *step);
+  describe(*step, recorder, how, *stack, alike_ == nullptr ? nullptr : alike_->step.get());
   log_.push_back(std::move(step));
   ++ops_recorded_;
   metrics().ops_recorded.add(1);
@@ -681,6 +698,21 @@ void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
     stop_recording(std::exchange(next_pause_, std::min(kPauseGrowth * next_pause_, kLongestPause)),
                    "nothing repeats");
   }
+}
+
+void Session::describe(Step& step, const StepRecorder& recorder, const OpPolicy& how,
+                       torch::jit::Stack& results, const Step* like) {
+  if (C10_LIKELY(!any_symbolic())) return;
+  const size_t count = step.results.size();
+  if (how.shapes == nullptr) how.shapes = std::make_shared<ShapeInference>(step.op);
+  const BelowUserModes below;
+  symbolic_.describe(step, recorder.argument_shapes(),
+                     {results.data() + (results.size() - count), count}, *how.shapes, like);
+}
+
+void Session::note_guard(const Expression& condition) {
+  // What is verified was asked the same before.
+  if (cursor_ == nullptr || cursor_ == root_) symbolic_.note_guard(condition, log_.size());
 }
 
 void Session::stop_recording(uint64_t ops, const char* reason) {
@@ -765,8 +797,11 @@ void Session::make_room() {
 
 Node* Session::insert(size_t count, bool cut, PatternTree::Node* pattern) {
   make_room();
+  alike_ = nullptr;
+  std::vector<std::vector<int64_t>> others;
   if (pattern == nullptr && options().dynamic_shapes) {
     pattern = patterns_.insert(environment_, log_, count);
+    others = symbolic_.other_sizes();
   }
   Node* node = root_;
   for (size_t k = 0; k < count; ++k) node = tree_.extend(node, log_[k]);
@@ -775,7 +810,7 @@ Node* Session::insert(size_t count, bool cut, PatternTree::Node* pattern) {
     if (const auto& shared = PatternTree::pattern_of(*pattern); end.pattern != shared) {
       end.pattern = shared;
       end.pattern->add_size(end.name, {log_.begin(), log_.begin() + static_cast<std::ptrdiff_t>(count)},
-                            current_);
+                            current_, std::move(others));
     }
     patterns_.await(pattern);
     pattern->cut = pattern->cut || cut;
@@ -790,6 +825,7 @@ void Session::drop_front(size_t count) {
   SegmentEnd& end = reached(*node);
   if (end.recorded++ == 0) {
     end.reason = "the step ends here";
+    end.symbols = symbolic_.text();
     REPRISE_LOG(1, end.name, ": recorded a step of ", count, " ops");
   }
   if (count == log_.size()) {
@@ -835,6 +871,8 @@ void Session::explain(std::string& out) {
                     end.inferred > 0 ? c10::str("x, inferred ", end.inferred) : "",
                     "x, interpreted ", end.interpreted, "x, replayed ", end.replayed,
                     "x; ended by: ", end.reason, "\n");
+    std::istringstream symbols(end.symbols);
+    for (std::string line; std::getline(symbols, line);) out += "    " + line + "\n";
     const Program* program = end.program.get();
     if (program == nullptr) return;
     switch (program->state.load()) {

@@ -30,11 +30,16 @@
 #include "lazy_backend/segment.h"
 #include "lazy_backend/session_lock.h"
 #include "lazy_backend/step_finder.h"
+#include "lazy_backend/symbolic_trace.h"
 #include "lazy_backend/trace_tree.h"
+#include "symint/symbolic_number.h"
 
 namespace reprise {
 
-class Session {
+struct DynamicDim;
+class StepRecorder;
+
+class Session final : private GuardListener {
  public:
   /// The calling thread's session.
   static Session& current() {
@@ -78,6 +83,9 @@ class Session {
     if (C10_UNLIKELY(node->cut)) close(node);
   }
 
+  /// A tensor's size is a symbol from now on: see reprise/dynamic.h.
+  void mark(at::Tensor& tensor, int64_t dim, const DynamicDim& what);
+
   // For tests, benchmarks and reports.
   void discard();
   void forget();
@@ -96,6 +104,7 @@ class Session {
   static void detach(Session* session);
   friend struct ThreadExit;
 
+  void note_guard(const Expression& condition) override;
   void draw_random(const Step& step);
   /// The end at `node`, as the one that ran last.
   SegmentEnd& reached(Node& node);
@@ -129,6 +138,8 @@ class Session {
   Node& finish_inferring(const char* reason);
 
   void record(const c10::OperatorHandle& op, const OpPolicy& policy, torch::jit::Stack* stack);
+  void describe(Step& step, const StepRecorder& recorder, const OpPolicy& policy,
+                torch::jit::Stack& results, const Step* like);
   void after_recorded();
   void refeed();
   void drop_front(size_t count);
@@ -179,6 +190,10 @@ class Session {
   TraceTree tree_;
   uint64_t environment_ = 0;
   Node* root_ = nullptr;
+
+  SymbolicTrace symbolic_;
+  /// Where what is recorded may lie among the patterns; null: not, or it is not known.
+  PatternTree::Node* alike_ = nullptr;
 
   // Inferring: where the steps, which are in `log_`, lie among the patterns; null: not.
   PatternTree patterns_;

@@ -89,7 +89,9 @@ Arg StepRecorder::take_tensor(c10::IValue& value, int top_level) {
                 "reprise: not a value yet");
   }
   arg.slot = arg.first_use ? segment_.add_input(storage) : static_cast<uint32_t>(found);
-  arg.set_geometry(Geometry(*tensor.unsafeGetTensorImpl()));
+  Geometry geometry(*tensor.unsafeGetTensorImpl());
+  if (const auto shape = symbolic_shape(tensor)) geometry.fixed = shape->fixed();
+  arg.set_geometry(std::move(geometry));
   // Ops compare the identity of arguments: one that comes again is the same again.
   const auto again = std::find_if(tensors_.begin(), tensors_.end(), [&](const Unwrapped& each) {
     return each.lazy.is_same(tensor);
@@ -158,6 +160,7 @@ void StepRecorder::take_arguments(torch::jit::Stack& stack) {
   for (size_t k = 0; k < declared.size(); ++k) {
     step_->args.push_back(take(stack[base + k], declared[k], static_cast<int>(k)));
   }
+  argument_tensors_ = tensors_.size();
   for (const uint8_t written : policy_.writes) {
     const Arg& arg = step_->args[written];
     const auto note = [&](const Arg& tensor) {
@@ -282,6 +285,12 @@ std::shared_ptr<Step> StepRecorder::take_results(torch::jit::Stack& stack) {
       }) > 1;
   step_->slot_count = segment_.size() - step_->first_slot;
   return traceable_ ? step_ : nullptr;
+}
+
+std::vector<SymbolicShapePtr> StepRecorder::argument_shapes() const {
+  std::vector<SymbolicShapePtr> shapes;
+  for (size_t k = 0; k < argument_tensors_; ++k) shapes.push_back(symbolic_shape(tensors_[k].lazy));
+  return shapes;
 }
 
 void StepRecorder::undo() {

@@ -10,6 +10,7 @@
 
 #include "lazy_backend/op_policy.h"
 #include "lazy_backend/segment.h"
+#include "lazy_backend/symbolic_shape.h"
 #include "lazy_backend/trace.h"
 
 namespace reprise {
@@ -38,6 +39,9 @@ class StepRecorder {
   /// were inferred.
   std::shared_ptr<Step> take_results(torch::jit::Stack& stack);
 
+  /// Of each tensor argument, in order, those in lists among them; null: plain numbers.
+  std::vector<SymbolicShapePtr> argument_shapes() const;
+
   /// Takes back what the segment was told.
   void undo();
 
@@ -64,6 +68,7 @@ class StepRecorder {
   const bool infers_;
   std::shared_ptr<Step> step_;
   c10::SmallVector<Unwrapped, 6> tensors_;
+  size_t argument_tensors_ = 0;  ///< the first of `tensors_`; results follow
   c10::SmallVector<uint32_t, 2> newly_written_;
   bool traceable_ = true;
 };

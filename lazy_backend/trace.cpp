@@ -52,8 +52,11 @@ size_t Geometry::nbytes() const {
 
 bool Geometry::lies_like(const Geometry& other) const {
   if (rank != other.rank || dtype != other.dtype || conjugate != other.conjugate ||
-      negative != other.negative) {
+      negative != other.negative || fixed != other.fixed) {
     return false;
+  }
+  for (uint32_t k = 0; k < rank && fixed != 0; ++k) {
+    if (((fixed >> k) & 1) != 0 && dims[k] != other.dims[k]) return false;
   }
   // The stride of a dimension of one element is arbitrary.
   const auto counts = [&](uint32_t k) { return dims[k] > 1 && other.dims[k] > 1; };
@@ -215,10 +218,6 @@ bool may_be_dynamic(const Step& step, size_t k) {
   return type->kind() == c10::TypeKind::NumberType;
 }
 
-namespace {
-
-/// Whether an integer argument is a size, a position or a count: not the name of a
-/// dimension, nor a dtype, a layout or a memory format, which are integers when boxed.
 bool is_amount(const c10::Argument& declared) {
   if (declared.name().starts_with("dim")) return false;
   auto type = declared.real_type();
@@ -228,8 +227,6 @@ bool is_amount(const c10::Argument& declared) {
   return kind == c10::TypeKind::IntType || kind == c10::TypeKind::SymIntType ||
          kind == c10::TypeKind::NumberType;
 }
-
-}  // namespace
 
 bool Step::takes_alike(const Step& other, bool floats_may_differ) const {
   if (op != other.op || args.size() != other.args.size() || first_slot != other.first_slot ||
@@ -261,6 +258,98 @@ std::shared_ptr<Step> with_dynamic_floats(const Step& step, const Step& other) {
     general->args[k].dynamic = true;
   }
   return general;
+}
+
+namespace {
+
+/// Puts the values of expressions in the places of a step's integers.
+class Evaluation {
+ public:
+  explicit Evaluation(std::span<const int64_t> symbols) : symbols_(symbols) {}
+
+  bool complete() const { return complete_; }
+
+  Geometry geometry(const Geometry& now, const std::vector<Expression>& expressions) {
+    Geometry out = now;
+    for (size_t k = 0; k < expressions.size(); ++k) {
+      (k < out.dims.size() ? out.dims[k] : out.offset) = value(expressions[k], /*least=*/0);
+    }
+    return out;
+  }
+
+  void numbers(Arg& arg, const std::vector<Expression>& expressions) {
+    if (expressions.empty()) return;
+    if (arg.kind == Arg::Kind::kInt) {
+      arg.i = value(expressions[0], INT64_MIN);
+    } else if (arg.kind == Arg::Kind::kIntList) {
+      std::vector<int64_t> ints;
+      for (const Expression& each : expressions) ints.push_back(value(each, INT64_MIN));
+      c10::IValue boxed(ints);
+      arg.set_ints(std::move(ints), std::move(boxed));
+    } else {
+      complete_ = false;
+    }
+  }
+
+  void tensors(std::vector<Arg>& args, const std::vector<std::vector<Expression>>& expressions,
+               size_t& next) {
+    for (Arg& arg : args) {
+      if (arg.kind == Arg::Kind::kTensor) {
+        const auto& own = expressions[next++];
+        if (!own.empty()) arg.set_geometry(geometry(arg.geometry(), own));
+      } else if (arg.kind == Arg::Kind::kList) {
+        std::vector<Arg> items = arg.list();
+        tensors(items, expressions, next);
+        arg.set_list(std::move(items));
+      }
+    }
+  }
+
+  void results(std::vector<Result>& all, const std::vector<std::vector<Expression>>& expressions,
+               size_t& next) {
+    for (Result& result : all) {
+      if (result.kind == Result::Kind::kNew || result.kind == Result::Kind::kAlias) {
+        const auto& own = expressions[next++];
+        result.symbolic = nullptr;
+        if (own.empty()) continue;
+        result.geometry = std::make_shared<const Geometry>(geometry(*result.geometry, own));
+        if (result.kind == Result::Kind::kNew) result.nbytes = result.geometry->nbytes();
+      } else if (result.kind == Result::Kind::kList) {
+        auto items = std::make_shared<std::vector<Result>>(*result.list);
+        results(*items, expressions, next);
+        result.list = std::move(items);
+      }
+    }
+  }
+
+ private:
+  int64_t value(const Expression& expression, int64_t least) {
+    const auto found = expression.evaluate(symbols_);
+    complete_ = complete_ && found.has_value() && *found >= least;
+    return found.value_or(0);
+  }
+
+  const std::span<const int64_t> symbols_;
+  bool complete_ = true;
+};
+
+}  // namespace
+
+std::shared_ptr<Step> at_symbols(const Step& step, std::span<const int64_t> symbols) {
+  auto out = std::make_shared<Step>(step);
+  out->symbolic = nullptr;
+  if (step.symbolic == nullptr) return out;
+  Evaluation evaluation(symbols);
+  for (size_t k = 0; k < step.symbolic->numbers.size(); ++k) {
+    evaluation.numbers(out->args[k], step.symbolic->numbers[k]);
+  }
+  size_t next = 0;
+  evaluation.tensors(out->args, step.symbolic->arguments, next);
+  next = 0;
+  if (!step.symbolic->results.empty()) {
+    evaluation.results(out->results, step.symbolic->results, next);
+  }
+  return evaluation.complete() ? out : nullptr;
 }
 
 StepPtr taking_dynamic_floats(StepPtr step, const Step& like) {

@@ -16,9 +16,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
+#include "symint/expression.h"
+
 namespace reprise {
+
+class SymbolicShape;
 
 /// How a tensor lies over its storage. Sizes, strides and offset in elements.
 struct Geometry {
@@ -26,6 +31,8 @@ struct Geometry {
   c10::SmallVector<int64_t, 8> dims;
   int64_t offset = 0;
   uint32_t rank = 0;
+  /// Bit k: the size of dimension k was marked as static. Equality knows nothing of it.
+  uint32_t fixed = 0;
   c10::ScalarType dtype = c10::ScalarType::Undefined;
   bool conjugate = false;
   bool negative = false;
@@ -42,7 +49,7 @@ struct Geometry {
   size_t nbytes() const;
 
   /// The same but for integers: rank, dtype, bits, and which dimension has the larger
-  /// stride.
+  /// stride. Sizes that were marked as static are the same too.
   bool lies_like(const Geometry& other) const;
 };
 
@@ -128,12 +135,25 @@ struct Result {
   size_t nbytes = 0;  ///< kNew: of the storage
   c10::DeviceIndex device_index = 0;
   std::shared_ptr<const Geometry> geometry;
+  /// Null where its sizes are plain numbers.
+  std::shared_ptr<const SymbolicShape> symbolic;
   std::shared_ptr<const std::vector<Result>> list;
   c10::IValue constant;
 
   bool same(const Result& other) const;
   /// Equal but for integers.
   bool alike(const Result& other) const;
+};
+
+/// What a step's integers are over the symbols of marked sizes (reprise/dynamic.h).
+struct SymbolicStep {
+  /// Of each tensor argument and each tensor result, as `for_each_tensor` and
+  /// `for_each_result` count them: sizes, strides, offset. Empty: they are constants.
+  std::vector<std::vector<Expression>> arguments, results;
+  /// Of each argument that is an integer or a list of them. Empty: constants.
+  std::vector<std::vector<Expression>> numbers;
+  /// Bit k: the op is possible at trial k (`SymbolicTrace`).
+  uint32_t possible = 0;
 };
 
 /// How a step's random numbers can be made before its program runs.
@@ -168,6 +188,8 @@ struct Step {
   bool constant_floats = false;
   /// The geometries of its results were inferred: it was not run when it was written down.
   bool inferred = false;
+  /// Null where nothing in it depends on a symbol.
+  std::shared_ptr<const SymbolicStep> symbolic;
 
   explicit Step(c10::OperatorHandle handle) : op(handle) {}
 
@@ -185,9 +207,17 @@ using StepPtr = std::shared_ptr<const Step>;
 /// compiler chooses its code.
 bool may_be_dynamic(const Step& step, size_t k);
 
+/// Whether an integer argument is a size, a position or a count: not the name of a
+/// dimension, nor a dtype, a layout or a memory format, which are integers when boxed.
+bool is_amount(const c10::Argument& declared);
+
 /// `step` with those floats made dynamic that are others in `other`, a step that is alike but
 /// for floats. Null where one of them cannot be.
 std::shared_ptr<Step> with_dynamic_floats(const Step& step, const Step& other);
+
+/// `step` as it is where symbol k is `symbols[k]`; null where an expression has no value
+/// there, or a negative one.
+std::shared_ptr<Step> at_symbols(const Step& step, std::span<const int64_t> symbols);
 
 /// `step` with those floats dynamic that are so in `like`, which is alike but for floats.
 StepPtr taking_dynamic_floats(StepPtr step, const Step& like);

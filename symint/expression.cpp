@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "symint/symbols.h"
+
 namespace reprise {
 namespace {
 
@@ -26,6 +28,12 @@ constexpr std::array kOperators = {
     Operator{"and", Kind::kAnd},        Operator{"or", Kind::kOr},
     Operator{"not", Kind::kNot},
 };
+
+std::string_view name_of(Kind kind) {
+  return std::find_if(kOperators.begin(), kOperators.end(),
+                      [&](const Operator& each) { return each.kind == kind; })
+      ->name;
+}
 
 /// How many operands: at least, at most.
 std::pair<size_t, size_t> operands_of(Kind kind) {
@@ -151,11 +159,52 @@ std::string Expression::text() const {
     case Kind::kSymbol: return "s" + std::to_string(value());
     default: break;
   }
-  const auto* found = std::find_if(kOperators.begin(), kOperators.end(),
-                                   [&](const Operator& each) { return each.kind == kind(); });
-  std::string out = "(" + std::string(found->name);
+  std::string out = "(" + std::string(name_of(kind()));
   for (const Expression& operand : node_->operands) out += " " + operand.text();
   return out + ")";
+}
+
+std::string Expression::named_text(std::span<const std::string> names) const {
+  switch (kind()) {
+    case Kind::kConstant: return std::to_string(value());
+    case Kind::kSymbol:
+      return names.empty() ? symbol_name(static_cast<uint32_t>(value()))
+                           : names[static_cast<size_t>(value())];
+    case Kind::kNot: {
+      // A comparison says its contrary itself.
+      constexpr std::array<std::pair<Kind, Kind>, 6> kContraries = {
+          {{Kind::kEqual, Kind::kUnequal},
+           {Kind::kUnequal, Kind::kEqual},
+           {Kind::kLess, Kind::kGreaterOrEqual},
+           {Kind::kLessOrEqual, Kind::kGreater},
+           {Kind::kGreater, Kind::kLessOrEqual},
+           {Kind::kGreaterOrEqual, Kind::kLess}}};
+      const Expression& operand = node_->operands[0];
+      for (const auto& [what, contrary] : kContraries) {
+        if (operand.kind() == what) return of(contrary, operand.node_->operands).named_text(names);
+      }
+      return "not (" + operand.named_text(names) + ")";
+    }
+    default: break;
+  }
+  const bool call = kind() == Kind::kMin || kind() == Kind::kMax;
+  const std::string name(name_of(kind()));
+  std::string out;
+  for (const Expression& operand : node_->operands) {
+    if (!out.empty()) out += call ? ", " : " " + name + " ";
+    const bool nested = !call && !operand.node_->operands.empty() &&
+                        operand.kind() != Kind::kMin && operand.kind() != Kind::kMax;
+    out += nested ? "(" + operand.named_text(names) + ")" : operand.named_text(names);
+  }
+  return call ? name + "(" + out + ")" : out;
+}
+
+Expression Expression::with_symbols(std::span<const uint32_t> symbols) const {
+  if (kind() == Kind::kSymbol) return symbol(symbols[static_cast<size_t>(value())]);
+  if (kind() == Kind::kConstant) return *this;
+  std::vector<Expression> operands;
+  for (const Expression& operand : node_->operands) operands.push_back(operand.with_symbols(symbols));
+  return of(kind(), std::move(operands));
 }
 
 std::optional<int64_t> Expression::evaluate(std::span<const int64_t> symbols) const {

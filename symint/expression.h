@@ -31,12 +31,25 @@ class Expression {
   /// Throws std::invalid_argument, which says where, for what is no expression.
   static Expression parse(std::string_view text);
   std::string text() const;
+  /// For people: `4 * tokens`. Symbol k is called `names[k]`, or where none are given as
+  /// `symbols.h` says; it must have a name there.
+  std::string named_text(std::span<const std::string> names = {}) const;
 
   /// The value where symbol k is `symbols[k]`: comparisons give 0 or 1, division rounds
   /// down. Nothing where it overflows, divides by zero or names a symbol that is not there.
   std::optional<int64_t> evaluate(std::span<const int64_t> symbols) const;
 
+  /// The same over other symbols: symbol k becomes `symbols[k]`, which must be there.
+  Expression with_symbols(std::span<const uint32_t> symbols) const;
+  /// Calls `visit(uint32_t symbol)` for each place where a symbol stands.
+  template <class Visit>
+  void for_each_symbol(const Visit& visit) const {
+    if (kind() == Kind::kSymbol) visit(static_cast<uint32_t>(value()));
+    for (const Expression& operand : node_->operands) operand.for_each_symbol(visit);
+  }
+
   Kind kind() const { return node_->kind; }
+  const std::vector<Expression>& operands() const { return node_->operands; }
   /// Of a constant or a symbol.
   int64_t value() const { return node_->value; }
 

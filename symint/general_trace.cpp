@@ -216,7 +216,8 @@ class Fitter {
 
 std::string place(const SplitTrace::Site& site, size_t number) {
   using Kind = SplitTrace::Site::Kind;
-  const std::string input = "input " + std::to_string(site.input);
+  const std::string input = "input " + std::to_string(site.input) +
+                            (site.name.empty() ? "" : " (" + site.name + ")");
   switch (site.kind) {
     case Kind::kSize: return input + " dim " + std::to_string(site.dim);
     case Kind::kStride: return input + " stride " + std::to_string(site.dim);
@@ -425,17 +426,29 @@ std::string GeneralTrace::mismatch(std::span<const int64_t> integers) const {
     const Expression& expression = expressions_[expected_[site]];
     const auto value = expression.evaluate(symbols);
     if (value == integers[site]) continue;
-    return place(sites_[site], site) + ": " + expression.text() + " gives " +
+    return place(sites_[site], site) + ": " + expression.named_text(names()) + " gives " +
            (value ? std::to_string(*value) : "nothing") + ", it is " + std::to_string(integers[site]);
   }
   return "";
 }
 
-std::string GeneralTrace::symbols_text() const {
+std::vector<std::string> GeneralTrace::names() const {
+  std::vector<std::string> out;
+  for (size_t k = 0; k < symbols_.size(); ++k) {
+    const std::string& name = sites_[symbols_[k]].name;
+    out.push_back(name.empty() ? "s" + std::to_string(k) : name);
+  }
+  return out;
+}
+
+std::string GeneralTrace::symbols_text(std::span<const int64_t> symbols) const {
+  const std::vector<std::string> all = names();
   std::string out;
   for (size_t k = 0; k < symbols_.size(); ++k) {
-    if (k > 0) out += ", ";
-    out += "s" + std::to_string(k) + ": " + place(sites_[symbols_[k]], symbols_[k]);
+    SplitTrace::Site site = sites_[symbols_[k]];
+    site.name.clear();
+    out += (k > 0 ? ", " : "") + all[k] + " = " + std::to_string(symbols[k]) + " (" +
+           place(site, symbols_[k]) + ")";
   }
   return out;
 }

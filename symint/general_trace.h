@@ -22,6 +22,7 @@ struct SplitTrace {
     Kind kind = Kind::kArgument;
     uint32_t input = 0;  ///< of sizes, strides and offsets
     uint32_t dim = 0;    ///< of sizes and strides
+    std::string name = {};  ///< that the user gave it, if any
   };
   /// The text before each integer, and after the last one. Equal for traces that differ in
   /// integers alone.
@@ -34,7 +35,7 @@ struct SplitTrace {
   std::string skeleton() const;
 };
 
-/// `input 0 dim 1`, or `integer 12 of the trace`, which is the site's own number.
+/// `input 0 (tokens) dim 1`, or `integer 12 of the trace`, which is the site's own number.
 std::string place(const SplitTrace::Site& site, size_t number);
 
 /// A trace in which some sizes of inputs are symbols, and other integers expressions over
@@ -72,8 +73,11 @@ class GeneralTrace {
   size_t number_count() const { return numbers_; }
   /// A number is told by a size, and sizes of 0 and 1 are special.
   static constexpr int64_t kNumberOffset = 2;
-  /// `input 0 dim 1, input 3 dim 0`: where each symbol is read.
-  std::string symbols_text() const;
+  /// `tokens = 48 (input 0 dim 1), s1 = 4 (input 3 dim 0)`: the symbols' values, and where
+  /// each is read.
+  std::string symbols_text(std::span<const int64_t> symbols) const;
+  /// What each symbol is called: as the user has named it, or `s0`.
+  std::vector<std::string> names() const;
 
  private:
   GeneralTrace() = default;

@@ -155,7 +155,7 @@ TEST(GeneralTraces, ComeFromTwoThatDifferInSizes) {
   const auto general = GeneralTrace::make(b, members);
   ASSERT_TRUE(general);
   EXPECT_EQ(general->symbol_count(), 2u);
-  EXPECT_EQ(general->symbols_text(), "s0: input 0 dim 0, s1: input 0 dim 1");
+  EXPECT_EQ(general->symbols_text(Values{6, 48}), "s0 = 6 (input 0 dim 0), s1 = 48 (input 0 dim 1)");
   for (const char* part : {"\"symbols\":[6,48]", "\"sizes\":[\"s0\",\"s1\"]", "\"strides\":[\"s1\",1]",
                            "\"sizes\":[\"(* s0 s1)\"]", "{\"expr\":\"(* s0 s1)\"}",
                            "{\"expr\":\"(+ s1 -1)\"}"}) {

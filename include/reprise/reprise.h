@@ -3,6 +3,7 @@
 #pragma once
 
 #include "reprise/device.h"
+#include "reprise/dynamic.h"
 #include "reprise/explain.h"
 #include "reprise/metrics.h"
 #include "reprise/options.h"
