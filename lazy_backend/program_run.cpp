@@ -113,13 +113,12 @@ std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots
   return inputs;
 }
 
-/// An output as eager's would lie in memory.
+}  // namespace
+
 at::Tensor as_recorded(const ProgramOutput& output, const at::Tensor& tensor) {
   if (C10_LIKELY(!output.copy)) return tensor;
   return copy_lying_as(output.geometry, output.nbytes, tensor);
 }
-
-}  // namespace
 
 void run_program(Program& program, Segment& segment) {
   const InputTensors slots(program, segment);

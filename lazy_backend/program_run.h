@@ -23,4 +23,7 @@ void run_program(Program& program, Segment& segment);
 std::vector<at::Tensor> try_program(Program& program, Segment& segment,
                                     const std::vector<at::Tensor>& random);
 
+/// An output as eager's would lie in memory.
+at::Tensor as_recorded(const ProgramOutput& output, const at::Tensor& tensor);
+
 }  // namespace reprise

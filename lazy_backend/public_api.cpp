@@ -1,6 +1,7 @@
 /// \file
 /// The functions of include/reprise/ that concern sessions.
 #include "compiler_bridge/compile_queue.h"
+#include "lazy_backend/compiled_function.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/ir.h"
 #include "lazy_backend/session.h"
@@ -26,6 +27,7 @@ void wait_for_compiles() { CompileQueue::get().wait_until_idle(); }
 std::string explain() {
   std::string out;
   for (Session* session : Session::all()) session->explain(out);
+  explain_functions(out);
   return out;
 }
 

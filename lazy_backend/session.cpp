@@ -3,12 +3,15 @@
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 
+#include <dlfcn.h>
+#include <execinfo.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <mutex>
 #include <sstream>
+#include <string_view>
 
 #include "compiler_bridge/compile_queue.h"
 #include "lazy_backend/below_user_modes.h"
@@ -52,6 +55,22 @@ bool any_lazy(c10::ArrayRef<c10::IValue> values) {
   bool found = false;
   visit_tensors(values, [&](const at::Tensor& tensor) { found = found || is_lazy(tensor); });
   return found;
+}
+
+/// Whether a symbolic integer is compared by the user's code: libtorch's own asks a hundred
+/// things of sizes that say nothing of the program.
+bool asked_by_the_program() {
+  void* frames[24];
+  const int count = ::backtrace(frames, 24);
+  for (int k = 0; k < count; ++k) {
+    Dl_info info;
+    if (::dladdr(frames[k], &info) == 0 || info.dli_fname == nullptr) return true;
+    const std::string_view file(info.dli_fname);
+    const auto is = [&](std::string_view name) { return file.find(name) != std::string_view::npos; };
+    if (is("libreprise") || is("libc10")) continue;
+    return !is("libtorch");
+  }
+  return false;
 }
 
 /// The lazy device that a call works on.
@@ -175,7 +194,101 @@ void Session::begin_segment() {
   hot_cursor_ = nullptr;
 }
 
+void Session::begin_function(uint64_t function, const std::string& name, bool whole, bool watch) {
+  const std::lock_guard<SessionLock> guard(lock_);
+  end_segment("a compiled function begins");
+  function_ = traced_function() = function;
+  function_must_be_whole_ = whole;
+  function_name_ = name;
+  function_broken_by_.clear();
+  function_watched_ = watch;
+  function_tensors_.clear();
+  begin_segment();
+}
+
+void Session::watch_arguments(c10::ArrayRef<c10::IValue> arguments) {
+  visit_tensors(arguments, [&](const at::Tensor& tensor) {
+    if (!is_lazy(tensor)) return;
+    const int64_t slot = current_.find(lazy_storage(tensor));
+    if (slot < 0 || current_.is_created(static_cast<uint32_t>(slot))) return;
+    function_tensors_.try_emplace(tensor.unsafeGetTensorImpl(), static_cast<uint32_t>(slot),
+                                  tensor.getIntrusivePtr());
+  });
+}
+
+void Session::break_function(const char* reason) {
+  const bool empty = log_.empty() && (cursor_ == nullptr || cursor_ == root_);
+  if (empty || !function_broken_by_.empty()) return;
+  function_broken_by_ = reason;
+  TORCH_CHECK(!function_must_be_whole_, "reprise: ", function_name_,
+              " cannot be replayed as one program: ", reason, " here");
+}
+
+void Session::abandon_function() {
+  const std::lock_guard<SessionLock> guard(lock_);
+  function_ = traced_function() = 0;
+  end_segment("an error came out of a compiled function");
+}
+
+FunctionTrace Session::end_function() {
+  const std::lock_guard<SessionLock> guard(lock_);
+  function_ = traced_function() = 0;
+  FunctionTrace trace;
+  trace.broken_by = function_broken_by_;
+  if (pause_ > 0 && trace.broken_by.empty()) trace.broken_by = "recording is paused";
+  Node* node = nullptr;
+  if (trace.broken_by.empty()) {
+    trace.verified = cursor_ != nullptr && cursor_ != root_;
+    node = trace.verified ? cursor_ : nullptr;
+    for (uint32_t slot = 0; slot < current_.size(); ++slot) {
+      if (current_.is_created(slot)) {
+        trace.inputs.emplace_back();
+        if (current_.is_alive(slot)) trace.created.emplace_back(slot, current_.lock(slot));
+      } else {
+        trace.inputs.push_back(
+            c10::intrusive_ptr<LazyStorage>::reclaim_copy(current_.at(slot)));
+      }
+    }
+    trace.scalars = current_.scalars;
+    for (auto& [impl, tensor] : function_tensors_) trace.tensors.push_back(std::move(tensor));
+  }
+  function_tensors_.clear();
+  end_segment("a compiled function ended");
+  if (node == nullptr || !node->end) return trace;
+  const SegmentEnd& end = *node->end;
+  trace.segment = end.name;
+  trace.steps = end.steps;
+  if (end.program == nullptr) return trace;
+  switch (end.program->state.load()) {
+    case Program::State::kReady: {
+      const SharedProgram* shared = end.program->shared.get();
+      const bool trusted = end.checked || !options().check_programs ||
+                           (shared != nullptr && shared->checked());
+      // It has shown that it is no slower than the interpreter.
+      constexpr int kFewTurns = 8;
+      const bool fast = !options().demote_slow_programs || end.contest.decided() ||
+                        (shared != nullptr && shared->faster()) ||
+                        (end.contest.pairs() >= kFewTurns && end.contest.lead() >= 0);
+      if (trusted && fast && end.program->compared_with_record) trace.program = end.program;
+      break;
+    }
+    case Program::State::kQueued:
+      break;
+    default:
+      trace.no_program = end.program->problem;
+      break;
+  }
+  return trace;
+}
+
+void Session::flush(const char* reason) {
+  const std::lock_guard<SessionLock> guard(lock_);
+  if (closed_node_ == nullptr && current_.empty()) return;
+  end_segment(reason);
+}
+
 void Session::end_segment(const char* reason) {
+  if (C10_UNLIKELY(function_ != 0)) break_function(reason);
   launch_closed();
   if (cursor_ != nullptr) {
     if (cursor_ == root_) {
@@ -490,10 +603,12 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
     TORCH_INTERNAL_ASSERT(false);
   };
   for (const Result& result : step.results) results.push_back(make(result));
+  if (C10_UNLIKELY(function_watched_ && function_ != 0)) watch_arguments(arguments);
   torch::jit::drop(*stack, count);
   for (c10::IValue& result : results) stack->push_back(std::move(result));
   advance(found);
-  if (closed_node_ != nullptr) hot_cursor_ = nullptr;  // more to do than to compare
+  const bool watches = function_watched_ && function_ != 0;
+  if (closed_node_ != nullptr || watches) hot_cursor_ = nullptr;  // more to do than to compare
   return true;
 }
 
@@ -597,7 +712,7 @@ bool Session::infer(const c10::OperatorHandle& op, const OpPolicy& how,
     if (arg.dynamic) current_.scalars.push_back(arg.number());
   }
   step->live_before = static_cast<int32_t>(live);
-  describe(*step, recorder, how, values, next->step.get());
+  describe(*step, recorder, how, values, next->step.get(), /*inferred=*/true);
   for (const uint32_t slot : step->written_inputs) current_.at(slot)->set_pending_in(this);
   if (step->randomness != Randomness::kNone) draw_random(*step);
   log_.push_back(std::move(step));
@@ -685,7 +800,8 @@ void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
   }
   step->live_before = static_cast<int32_t>(live);
   if (alike_ != nullptr) alike_ = PatternTree::find(alike_, *step);
-  describe(*step, recorder, how, *stack, alike_ == nullptr ? nullptr : alike_->step.get());
+  describe(*step, recorder, how, *stack, alike_ == nullptr ? nullptr : alike_->step.get(),
+           /*inferred=*/false);
   log_.push_back(std::move(step));
   ++ops_recorded_;
   metrics().ops_recorded.add(1);
@@ -701,18 +817,20 @@ void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
 }
 
 void Session::describe(Step& step, const StepRecorder& recorder, const OpPolicy& how,
-                       torch::jit::Stack& results, const Step* like) {
+                       torch::jit::Stack& results, const Step* like, bool inferred) {
   if (C10_LIKELY(!any_symbolic())) return;
   const size_t count = step.results.size();
   if (how.shapes == nullptr) how.shapes = std::make_shared<ShapeInference>(step.op);
   const BelowUserModes below;
   symbolic_.describe(step, recorder.argument_shapes(),
-                     {results.data() + (results.size() - count), count}, *how.shapes, like);
+                     {results.data() + (results.size() - count), count},
+                     inferred ? nullptr : how.shapes.get(), like);
 }
 
 void Session::note_guard(const Expression& condition) {
   // What is verified was asked the same before.
-  if (cursor_ == nullptr || cursor_ == root_) symbolic_.note_guard(condition, log_.size());
+  if (cursor_ != nullptr && cursor_ != root_) return;
+  if (asked_by_the_program()) symbolic_.note_guard(condition, log_.size());
 }
 
 void Session::stop_recording(uint64_t ops, const char* reason) {
@@ -723,7 +841,7 @@ void Session::stop_recording(uint64_t ops, const char* reason) {
 }
 
 std::optional<size_t> Session::feed(const Step& step) {
-  if (!options().find_steps) return std::nullopt;
+  if (!options().find_steps || function_ != 0) return std::nullopt;
   finder_arguments_.clear();
   finder_created_.clear();
   for_each_tensor(step.args, [&](const Arg& arg) {

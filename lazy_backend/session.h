@@ -25,6 +25,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "lazy_backend/function_trace.h"
 #include "lazy_backend/op_policy.h"
 #include "lazy_backend/pattern_tree.h"
 #include "lazy_backend/segment.h"
@@ -86,6 +87,18 @@ class Session final : private GuardListener {
   /// A tensor's size is a symbol from now on: see reprise/dynamic.h.
   void mark(at::Tensor& tensor, int64_t dim, const DynamicDim& what);
 
+  // Explicit compile: see reprise/compile.h. What comes between the two is one segment, with
+  // a tree of its own, unless something ends it.
+  bool in_function() const { return function_ != 0; }
+  /// `whole`: what would end the segment throws. `watch`: `FunctionTrace::tensors` is wanted,
+  /// at the price of a slower verification.
+  void begin_function(uint64_t function, const std::string& name, bool whole, bool watch);
+  FunctionTrace end_function();
+  /// An error has come out of it.
+  void abandon_function();
+  /// Launches all that is pending here, if anything is.
+  void flush(const char* reason);
+
   // For tests, benchmarks and reports.
   void discard();
   void forget();
@@ -106,6 +119,9 @@ class Session final : private GuardListener {
 
   void note_guard(const Expression& condition) override;
   void draw_random(const Step& step);
+  void watch_arguments(c10::ArrayRef<c10::IValue> arguments);
+  /// A segment of a compiled function ends before the function does.
+  void break_function(const char* reason);
   /// The end at `node`, as the one that ran last.
   SegmentEnd& reached(Node& node);
   void begin_segment();
@@ -139,7 +155,7 @@ class Session final : private GuardListener {
 
   void record(const c10::OperatorHandle& op, const OpPolicy& policy, torch::jit::Stack* stack);
   void describe(Step& step, const StepRecorder& recorder, const OpPolicy& policy,
-                torch::jit::Stack& results, const Step* like);
+                torch::jit::Stack& results, const Step* like, bool inferred);
   void after_recorded();
   void refeed();
   void drop_front(size_t count);
@@ -190,6 +206,13 @@ class Session final : private GuardListener {
   TraceTree tree_;
   uint64_t environment_ = 0;
   Node* root_ = nullptr;
+
+  uint64_t function_ = 0;  ///< being traced; 0: none
+  bool function_must_be_whole_ = false;
+  bool function_watched_ = false;
+  std::unordered_map<c10::TensorImpl*, std::pair<uint32_t, c10::weak_intrusive_ptr<c10::TensorImpl>>>
+      function_tensors_;
+  std::string function_name_, function_broken_by_;
 
   SymbolicTrace symbolic_;
   /// Where what is recorded may lie among the patterns; null: not, or it is not known.

@@ -205,20 +205,35 @@ bool SymbolicTrace::describe_arguments(Step& step, std::span<const SymbolicShape
   return true;
 }
 
-bool SymbolicTrace::take_over(Step& step, const Step& like) const {
-  if (like.symbolic == nullptr || step.symbolic == nullptr) return false;
-  const auto same = [](const std::vector<Expressions>& a, const std::vector<Expressions>& b) {
-    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Expressions& x, const Expressions& y) {
-      return std::equal(x.begin(), x.end(), y.begin(), y.end(),
-                        [](const Expression& p, const Expression& q) { return p.text() == q.text(); });
-    });
+bool SymbolicTrace::take_over(Step& step, const Step& like) {
+  if (like.symbolic == nullptr) return false;
+  const auto same = [](const Expressions& a, const Expressions& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                      [](const Expression& p, const Expression& q) { return p.text() == q.text(); });
   };
-  if (!same(step.symbolic->arguments, like.symbolic->arguments) ||
-      !same(step.symbolic->numbers, like.symbolic->numbers)) {
+  const SymbolicStep &own = *step.symbolic, &other = *like.symbolic;
+  if (!std::equal(own.arguments.begin(), own.arguments.end(), other.arguments.begin(),
+                  other.arguments.end(), same)) {
     return false;
   }
-  step.symbolic = like.symbolic;
-  return true;
+  // Numbers that are plain here may have been guessed there.
+  for (size_t k = 0; k < own.numbers.size(); ++k) {
+    if (!own.numbers[k].empty() && !same(own.numbers[k], other.numbers[k])) return false;
+  }
+  const auto before = std::exchange(step.symbolic, like.symbolic);
+  meet(step);
+  const auto here = at_symbols(step, now());
+  if (here != nullptr && here->same(step, /*floats_may_differ=*/true)) return true;
+  step.symbolic = before;
+  return false;
+}
+
+void SymbolicTrace::meet(const Step& step) {
+  for (const auto* all : {&step.symbolic->arguments, &step.symbolic->numbers}) {
+    for (const Expressions& each : *all) {
+      for (const Expression& expression : each) meet(expression);
+    }
+  }
 }
 
 SymbolicTrace::Values SymbolicTrace::now() const {
@@ -262,6 +277,9 @@ SymbolicTrace::Outcome SymbolicTrace::try_out(const Step& step, const ShapeInfer
       for_each_value(results, stack, [&](const c10::IValue& value, Result&) {
         made.emplace_back(*value.toTensor().unsafeGetTensorImpl());
       });
+    } catch (const c10::Error& error) {
+      out.failure = first_line(error.what_without_backtrace());  // a backtrace takes longest
+      continue;
     } catch (const std::exception& error) {
       out.failure = first_line(error.what());
       continue;
@@ -425,21 +443,18 @@ bool SymbolicTrace::infer_results(Step& step, const ShapeInference& shapes) {
 void SymbolicTrace::follow(const Step& step) {
   ++steps_;
   if (step.symbolic == nullptr) return;
-  for (const auto* all : {&step.symbolic->arguments, &step.symbolic->numbers}) {
-    for (const Expressions& each : *all) {
-      for (const Expression& expression : each) meet(expression);
-    }
-  }
+  meet(step);
   alive_ &= step.symbolic->possible;
 }
 
 void SymbolicTrace::describe(Step& step, std::span<const SymbolicShapePtr> arguments,
-                             std::span<c10::IValue> results, const ShapeInference& shapes,
+                             std::span<c10::IValue> results, const ShapeInference* shapes,
                              const Step* like) {
   const bool depends = describe_arguments(step, arguments);
   numbers_.clear();
   const bool described = depends && problem_.empty() &&
-                         ((like != nullptr && take_over(step, *like)) || infer_results(step, shapes));
+                         ((like != nullptr && take_over(step, *like)) ||
+                          (shapes != nullptr && infer_results(step, *shapes)));
   if (!described) step.symbolic = nullptr;
   follow(step);
   if (!described) return;

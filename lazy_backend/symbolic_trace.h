@@ -51,8 +51,9 @@ class SymbolicTrace {
   /// Completes a step that has run: its `symbolic`, and results over symbols in the places
   /// of those on the stack. `arguments` holds the shapes of its tensor arguments, null ones
   /// among them. `like`: a step that is alike, whose expressions are tried first; or null.
+  /// `shapes` finds others; null: none are looked for.
   void describe(Step& step, std::span<const SymbolicShapePtr> arguments,
-                std::span<c10::IValue> results, const ShapeInference& shapes, const Step* like);
+                std::span<c10::IValue> results, const ShapeInference* shapes, const Step* like);
 
   /// The segment has this step, which was described when it was written down.
   void follow(const Step& step);
@@ -93,7 +94,7 @@ class SymbolicTrace {
   };
 
   bool describe_arguments(Step& step, std::span<const SymbolicShapePtr> arguments);
-  bool take_over(Step& step, const Step& like) const;
+  bool take_over(Step& step, const Step& like);
   bool infer_results(Step& step, const ShapeInference& shapes);
   Outcome try_out(const Step& step, const ShapeInference& shapes,
                   std::span<const uint32_t> symbols) const;
@@ -104,6 +105,7 @@ class SymbolicTrace {
   Values now() const;
   void give_up(const Step& step, std::string why);
   void meet(const Expression& expression);
+  void meet(const Step& step);
   bool is_alive(uint32_t number) const { return ((alive_ >> number) & 1) != 0; }
   Values trial(uint32_t number) const;
 

@@ -174,11 +174,15 @@ void TraceTree::prune(Node* node) {
 bool TraceTree::takes_too_much() const { return bytes_ > at_most(options().trace_bytes); }
 
 size_t TraceTree::make_room() {
+  // What all sizes share is one program, which the sizes do not own.
+  const auto owned = [](const SegmentEnd& end) -> size_t {
+    return end.program != nullptr && end.program->shared == nullptr ? 1 : 0;
+  };
   std::vector<Node*> ends;
   size_t programs = 0;
   for_each_end([&](Node& node) {
     ends.push_back(&node);
-    programs += node.end->program != nullptr ? 1 : 0;
+    programs += owned(*node.end);
   });
   const size_t most_bytes = at_most(options().trace_bytes);
   const size_t most_programs = at_most(options().most_programs);
@@ -191,9 +195,9 @@ size_t TraceTree::make_room() {
     const bool bytes_left = many_bytes && bytes_ > most_bytes - most_bytes / 4;
     const bool programs_left = many_programs && programs > most_programs - most_programs / 4;
     if (!bytes_left && !programs_left) break;
-    if (!bytes_left && node->end->program == nullptr) continue;
+    if (!bytes_left && owned(*node->end) == 0) continue;
     ++dropped;
-    programs -= node->end->program != nullptr ? 1 : 0;
+    programs -= owned(*node->end);
     node->end = nullptr;
     node->cut = false;
     prune(node);
@@ -209,6 +213,11 @@ void TraceTree::clear() {
   size_ = bytes_ = 0;
 }
 
+uint64_t& traced_function() {
+  thread_local uint64_t function = 0;
+  return function;
+}
+
 uint64_t environment_key() {
   const auto& context = at::globalContext();
   uint64_t key = static_cast<uint64_t>(c10::get_default_dtype().toScalarType());
@@ -216,7 +225,7 @@ uint64_t environment_key() {
   key = key << 1 | static_cast<uint64_t>(context.deterministicFillUninitializedMemory());
   key = key << 2 | static_cast<uint64_t>(context.float32MatmulPrecision());
   key = key << 8 | static_cast<uint64_t>(backing_device_of(0).type());
-  return key;
+  return key << 32 | traced_function();
 }
 
 }  // namespace reprise

@@ -116,7 +116,11 @@ class TraceTree {
 };
 
 /// What else changes the meaning of a trace: default dtype, deterministic
-/// algorithms, precision of matrix products, the backing device's kind.
+/// algorithms, precision of matrix products, the backing device's kind; and which compiled
+/// function the calling thread is in.
 uint64_t environment_key();
+
+/// The number of the compiled function that the calling thread traces; 0: none.
+uint64_t& traced_function();
 
 }  // namespace reprise

@@ -207,6 +207,23 @@ TEST_F(DynamicShapes, AreSaidInExplain) {
   EXPECT_NE(explain().find("over symbols: s0 = 6"), std::string::npos) << explain();
 }
 
+// However many sizes it serves, it is one program.
+TEST_F(DynamicShapes, DoNotFillTheTreeWithPrograms) {
+  options().most_programs = 3;
+  const auto x = random(torch::kLazy, {8});
+  const Statistics before = statistics();
+  for (int64_t round = 0; round < 12; ++round) {
+    for (int64_t size = 2; size < 20; ++size) {
+      const auto y = (torch::rand({size, 8}).to(torch::kLazy) + x).relu();
+      mark_step();
+      if (round < 2) wait_for_compiles();
+    }
+  }
+  options().most_programs = Options().most_programs;
+  EXPECT_EQ(since(before).segments_forgotten, 0u) << explain();
+  EXPECT_GE(since(before).segments_replayed, 100u) << explain();
+}
+
 TEST_F(DynamicShapes, CanBeSwitchedOff) {
   options().dynamic_shapes = false;
   const auto x = random(torch::kLazy, {8});

@@ -1,0 +1,410 @@
+// Explicit compile: functions that are replayed by one call.
+#include <torch/torch.h>
+
+#include <map>
+#include <thread>
+
+#include "tests/sized_steps.h"
+
+namespace reprise::test {
+namespace {
+
+using Functions = LazySizes;
+
+torch::Tensor given(torch::Device device, torch::IntArrayRef sizes, uint64_t seed) {
+  torch::manual_seed(seed);
+  return torch::randn(sizes).to(device);
+}
+
+/// Times that a function's body has been run.
+struct Count {
+  std::shared_ptr<int> runs = std::make_shared<int>(0);
+  void operator()() const { ++*runs; }
+};
+
+/// Calls `function` with what `arguments(seed)` gives, compares each result with eager's, and
+/// returns how often it was replayed.
+template <class Function, class Eager, class Arguments>
+uint64_t expect_replays(const Function& function, const Eager& eager, const Arguments& arguments,
+                        int calls = 12, double tolerance = 10) {
+  const Statistics before = statistics();
+  for (int call = 0; call < calls; ++call) {
+    SCOPED_TRACE(c10::str("call ", call));
+    const Tensors expected = eager(arguments(eager_device(), call));
+    const Tensors actual = function(arguments(torch::kLazy, call));
+    expect_all_close(actual, expected, tolerance);
+    mark_step();
+    wait_for_compiles();
+  }
+  return since(before).segments_replayed;
+}
+
+TEST_F(Functions, AreReplayedWithoutBeingRun) {
+  const Count count;
+  const auto function = [=](const Tensors& in) -> Tensors {
+    count();
+    auto x = in[0];
+    for (int k = 0; k < 20; ++k) x = (x * 1.5 + in[1]).tanh();
+    return {x, x.sum(0)};
+  };
+  const auto compiled = compile(function, {.name = "chain"});
+  expect_replays(compiled, function, [](torch::Device device, int call) -> Tensors {
+    return {given(device, {6, 5}, call), given(device, {5}, 100 + call)};
+  });
+  const int traced = *count.runs - 12;  // eager runs it too
+  EXPECT_GE(traced, 2);
+  EXPECT_LE(traced, 7) << explain();
+  EXPECT_NE(explain().find("chain: 1 keys, run "), std::string::npos) << explain();
+}
+
+TEST_F(Functions, TakeAndReturnNestedValues) {
+  using Map = std::map<std::string, torch::Tensor>;
+  const auto function = [](const torch::Tensor& x, const std::optional<torch::Tensor>& bias,
+                           const Map& named, double factor, bool flip, const std::string& mode) {
+    auto y = x * factor;
+    if (bias) y = y + *bias;
+    for (int k = 0; k < 12; ++k) y = (y + named.at("shift")).sin();
+    if (flip) y = y.flip(0);
+    if (mode == "sum") y = y.sum(0);
+    return std::tuple(y, std::vector<torch::Tensor>{y + 1, y + 2},
+                      Map{{"a", y * 3}, {"b", named.at("shift")}}, std::optional<torch::Tensor>());
+  };
+  const auto compiled = compile(function);
+  const auto run = [&](const auto& call, torch::Device device, int seed, double factor, bool flip,
+                       const std::string& mode) -> Tensors {
+    const auto x = given(device, {4, 3}, seed), shift = given(device, {3}, seed + 50);
+    const auto bias = flip ? std::optional(given(device, {3}, seed + 70)) : std::nullopt;
+    const auto [y, list, map, none] = call(x, bias, Map{{"shift", shift}}, factor, flip, mode);
+    EXPECT_FALSE(none.has_value());
+    return {y, list.at(0), list.at(1), map.at("a"), map.at("b")};
+  };
+  const Statistics before = statistics();
+  for (int call = 0; call < 36; ++call) {
+    SCOPED_TRACE(call);
+    const double factor = call % 2 == 0 ? 0.5 : 2;
+    const bool flip = call % 3 == 0;
+    const std::string mode = call % 4 < 2 ? "sum" : "keep";
+    const Tensors expected = run(function, eager_device(), call, factor, flip, mode);
+    expect_all_close(run(compiled, torch::kLazy, call, factor, flip, mode), expected, 10);
+    mark_step();
+    wait_for_compiles();
+  }
+  EXPECT_GE(since(before).segments_replayed, 1u) << explain();
+}
+
+TEST_F(Functions, ModulesFollowTheirModeAndTheirParameters) {
+  const auto make = [](torch::Device device) {
+    torch::manual_seed(0);
+    torch::nn::Sequential net(torch::nn::Linear(5, 16), torch::nn::BatchNorm1d(16), torch::nn::ReLU(),
+                              torch::nn::Linear(16, 16), torch::nn::Tanh(), torch::nn::Linear(16, 2));
+    net->to(device);
+    return net;
+  };
+  auto eager = make(eager_device());
+  auto lazy = make(torch::kLazy);
+  torch::NoGradGuard no_grad;
+  const auto compiled = compile(lazy, {.name = "net"});
+  const Statistics before = statistics();
+  for (int call = 0; call < 40; ++call) {
+    SCOPED_TRACE(call);
+    const bool training = (call / 10) % 2 == 0;
+    eager->train(training);
+    lazy->train(training);
+    if (call == 15) {  // in place: seen
+      for (auto* net : {&eager, &lazy}) {
+        for (auto& parameter : (*net)->parameters()) parameter.mul_(1.25);
+      }
+    }
+    if (call == 18) {  // other storages: noticed
+      for (auto* net : {&eager, &lazy}) {
+        for (auto& parameter : (*net)->parameters()) parameter.set_data(parameter * 0.5);
+      }
+    }
+    expect_close(compiled(given(torch::kLazy, {8, 5}, call)),
+                 eager->forward(given(eager_device(), {8, 5}, call)), 20);
+    expect_all_close(state_of(*lazy), state_of(*eager), 20);
+    mark_step();
+    wait_for_compiles();
+  }
+  EXPECT_GE(since(before).segments_replayed, 10u) << explain();
+  EXPECT_NE(explain().find("net: 2 keys, run "), std::string::npos) << explain();
+}
+
+TEST_F(Functions, WholeTrainingStepsLeaveGradientsAndUpdates) {
+  const auto make = [](torch::Device device) {
+    torch::manual_seed(0);
+    torch::nn::Sequential net(torch::nn::Linear(5, 16), torch::nn::ReLU(), torch::nn::Linear(16, 2));
+    net->to(device);
+    auto optimizer = std::make_shared<torch::optim::SGD>(
+        net->parameters(), torch::optim::SGDOptions(0.05).momentum(0.9));
+    const auto step = [=](const torch::Tensor& x, const torch::Tensor& y) mutable {
+      optimizer->zero_grad();
+      const auto loss = torch::mse_loss(net->forward(x), y);
+      loss.backward();
+      optimizer->step();
+      return loss.detach();
+    };
+    return std::pair(net, step);
+  };
+  auto [eager_net, eager] = make(eager_device());
+  auto [lazy_net, body] = make(torch::kLazy);
+  const auto compiled = compile(body, {.name = "training"});
+  const Statistics before = statistics();
+  torch::Tensor kept, kept_eager;
+  for (int call = 0; call < 24; ++call) {
+    SCOPED_TRACE(call);
+    const auto expected = eager(given(eager_device(), {8, 5}, call), given(eager_device(), {8, 2}, 99 - call));
+    const auto actual = compiled(given(torch::kLazy, {8, 5}, call), given(torch::kLazy, {8, 2}, 99 - call));
+    expect_close(actual, expected, 50);
+    expect_all_close(state_of(*lazy_net), state_of(*eager_net), 50);
+    expect_all_close(gradients_of(*lazy_net), gradients_of(*eager_net), 50);
+    if (call == 18) {  // a gradient that somebody keeps stays what it is
+      kept = lazy_net->parameters()[0].grad();
+      kept_eager = eager_net->parameters()[0].grad().clone();
+    }
+    mark_step();
+    wait_for_compiles();
+  }
+  expect_close(kept, kept_eager, 50);
+  EXPECT_GE(since(before).segments_replayed, 10u) << explain();
+  EXPECT_EQ(explain().find("not replayed"), std::string::npos) << explain();
+}
+
+TEST_F(Functions, GiveViewsAndArgumentsAgain) {
+  const auto function = [](const Tensors& in) -> Tensors {
+    auto y = in[0] * 2;
+    for (int k = 0; k < 20; ++k) y = y.sin();
+    in[1].add_(y);  // an argument is written
+    return {y.t(), y, in[1], in[0].narrow(0, 1, 2), torch::Tensor()};
+  };
+  const auto compiled = compile(function);
+  const Statistics before = statistics();
+  for (int call = 0; call < 12; ++call) {
+    SCOPED_TRACE(call);
+    Tensors in{given(torch::kLazy, {4, 3}, call), given(torch::kLazy, {4, 3}, call + 50)};
+    const Tensors eager_in{in[0].cpu().clone(), in[1].cpu().clone()};
+    const auto version = in[1]._version();
+    const Tensors expected = function(eager_in);
+    const Tensors actual = compiled(in);
+    ASSERT_FALSE(actual[4].defined());
+    EXPECT_GT(in[1]._version(), version);
+    for (size_t k = 0; k < 4; ++k) expect_close(actual[k], expected[k], 10);
+    expect_close(in[1], eager_in[1], 10);
+    EXPECT_TRUE(actual[0].is_alias_of(actual[1]));
+    EXPECT_TRUE(actual[2].is_alias_of(in[1]));
+    EXPECT_TRUE(actual[3].is_alias_of(in[0]));
+    wait_for_compiles();
+  }
+  EXPECT_GE(since(before).segments_replayed, 5u) << explain();
+}
+
+TEST_F(Functions, DrawEagersRandomNumbers) {
+  const auto function = [](const Tensors& in) -> Tensors {
+    auto y = in[0] + torch::randn_like(in[0]);
+    for (int k = 0; k < 20; ++k) y = y.tanh();
+    return {torch::dropout(y, 0.5, true), torch::rand({3}, in[0].options())};
+  };
+  EXPECT_GE(expect_replays(compile(function), function,
+                           [](torch::Device device, int call) -> Tensors {
+                             return {given(device, {4, 3}, call)};
+                           }),
+            5u)
+      << explain();
+}
+
+TEST_F(Functions, AnotherKeyIsTracedAnew) {
+  const auto function = [](const Tensors& in) -> Tensors {
+    auto y = in[0] + in[1];
+    for (int k = 0; k < 20; ++k) y = y.tanh();
+    return {y};
+  };
+  const auto compiled = compile(function, {.name = "keys"});
+  const auto arguments = [](torch::Device device, int call) -> Tensors {
+    const auto x = given(device, {call % 3 + 2, 3}, call).to(call % 4 == 0 ? torch::kDouble : torch::kFloat);
+    return {x, call % 2 == 0 ? x : x + 1};  // the same tensor twice is another key
+  };
+  EXPECT_GE(expect_replays(compiled, function, arguments, 96), 24u) << explain();
+}
+
+TEST_F(Functions, AReadInTheMiddleIsSaid) {
+  const auto function = [](const Tensors& in) -> Tensors {
+    auto y = in[0] * 2;
+    if (y.sum().item<double>() > 0) y = y + 1;
+    for (int k = 0; k < 20; ++k) y = y.tanh();
+    return {y};
+  };
+  const auto compiled = compile(function, {.name = "reader"});
+  expect_replays(compiled, function, [](torch::Device device, int call) -> Tensors {
+    return {given(device, {4, 3}, call)};
+  });
+  EXPECT_NE(explain().find("not replayed: not one program: "), std::string::npos) << explain();
+
+  const auto strict = compile(function, {.name = "strict", .fullgraph = true});
+  for (int call = 0; call < 2; ++call) {
+    try {
+      strict(Tensors{given(torch::kLazy, {4, 3}, call)});
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const c10::Error& error) {
+      EXPECT_NE(std::string(error.what()).find("strict cannot be replayed as one program"),
+                std::string::npos)
+          << error.what();
+    }
+    // The program goes on.
+    expect_same_bits(given(torch::kLazy, {2}, call) + 1, given(eager_device(), {2}, call) + 1);
+  }
+}
+
+TEST_F(Functions, AChangingNumberIsSaid) {
+  auto factor = std::make_shared<double>(1);
+  const auto function = [=](const Tensors& in) -> Tensors {
+    auto y = in[0] * *factor;
+    for (int k = 0; k < 20; ++k) y = y.tanh();
+    return {y};
+  };
+  const auto compiled = compile(function);
+  expect_replays(compiled, function, [=](torch::Device device, int call) -> Tensors {
+    *factor = 1 + call * 0.25;
+    return {given(device, {4, 3}, call)};
+  });
+  EXPECT_NE(explain().find("a number in it changes from call to call"), std::string::npos) << explain();
+}
+
+TEST_F(Functions, WhatItKeepsIsSaid) {
+  auto kept = std::make_shared<torch::Tensor>();
+  const auto function = [=](const Tensors& in) -> Tensors {
+    auto y = in[0] * 2;
+    for (int k = 0; k < 20; ++k) y = y.tanh();
+    if (y.is_lazy()) *kept = y + 1;
+    return {y};
+  };
+  const auto compiled = compile(function);
+  expect_replays(compiled, function, [=](torch::Device device, int call) -> Tensors {
+    return {given(device, {4, 3}, call)};
+  });
+  expect_close(*kept, function(Tensors{given(eager_device(), {4, 3}, 11)})[0] + 1, 10);
+  EXPECT_NE(explain().find("it keeps a tensor that it has made"), std::string::npos) << explain();
+}
+
+TEST_F(Functions, FreshTensorsOfTheHostAreSaid) {
+  auto call_number = std::make_shared<int>(0);
+  const auto function = [=](const Tensors& in) -> Tensors {
+    auto y = in[0] * torch::full({3}, *call_number).to(in[0].device());
+    for (int k = 0; k < 20; ++k) y = y.tanh();
+    return {y};
+  };
+  const auto compiled = compile(function);
+  expect_replays(compiled, function, [=](torch::Device device, int call) -> Tensors {
+    *call_number = call;
+    return {given(device, {4, 3}, call)};
+  });
+  EXPECT_NE(explain().find("another in each call and no argument"), std::string::npos) << explain();
+}
+
+TEST_F(Functions, DifferentiableResultsAreRightAndSaid) {
+  torch::manual_seed(0);
+  torch::nn::Linear eager(3, 3), lazy(3, 3);
+  {
+    torch::NoGradGuard no_grad;
+    lazy->to(torch::kLazy);
+    lazy->weight.copy_(eager->weight.to(torch::kLazy));
+    lazy->bias.copy_(eager->bias.to(torch::kLazy));
+  }
+  const auto compiled = compile(lazy);
+  for (int call = 0; call < 6; ++call) {
+    eager->zero_grad();
+    lazy->zero_grad();
+    eager->forward(given(eager_device(), {4, 3}, call)).square().sum().backward();
+    compiled(given(torch::kLazy, {4, 3}, call)).square().sum().backward();
+    expect_all_close(gradients_of(*lazy), gradients_of(*eager), 50);
+    mark_step();
+    wait_for_compiles();
+  }
+}
+
+TEST_F(Functions, ErrorsComeOutAndTheProgramGoesOn) {
+  auto broken = std::make_shared<bool>(false);
+  const auto function = [=](const Tensors& in) -> Tensors {
+    auto y = in[0] * 2;
+    if (*broken) throw std::runtime_error("the user's own");
+    for (int k = 0; k < 20; ++k) y = y.tanh();
+    return {y};
+  };
+  const auto compiled = compile(function);
+  const auto arguments = [](torch::Device device, int call) -> Tensors { return {given(device, {4, 3}, call)}; };
+  expect_replays(compiled, function, arguments, 2);
+  *broken = true;
+  EXPECT_THROW(compiled(arguments(torch::kLazy, 0)), std::runtime_error);
+  *broken = false;
+  EXPECT_GE(expect_replays(compiled, function, arguments), 5u) << explain();
+}
+
+TEST_F(Functions, WithinAnotherAreAPartOfIt) {
+  const auto inner = compile([](const torch::Tensor& x) {
+    auto y = x;
+    for (int k = 0; k < 10; ++k) y = y.sin();
+    return y;
+  });
+  const auto function = [=](const Tensors& in) -> Tensors { return {inner(in[0] * 2) + inner(in[0])}; };
+  const auto plain = [](const Tensors& in) -> Tensors {
+    const auto chain = [](torch::Tensor y) {
+      for (int k = 0; k < 10; ++k) y = y.sin();
+      return y;
+    };
+    return {chain(in[0] * 2) + chain(in[0])};
+  };
+  EXPECT_GE(expect_replays(compile(function), plain,
+                           [](torch::Device device, int call) -> Tensors { return {given(device, {4, 3}, call)}; }),
+            5u)
+      << explain();
+}
+
+TEST_F(Functions, SeeWhatIsPending) {
+  const auto weight = given(torch::kLazy, {3}, 7);
+  const auto eager_weight = given(eager_device(), {3}, 7);
+  const auto compiled = compile([=](const torch::Tensor& x) {
+    auto y = x * weight;
+    for (int k = 0; k < 20; ++k) y = y.tanh();
+    return y;
+  });
+  for (int call = 0; call < 14; ++call) {
+    SCOPED_TRACE(call);
+    auto x = given(torch::kLazy, {4, 3}, call) * 3 + 1;  // verified, and not run when it is taken
+    weight.mul_(1.01);
+    const auto y = compiled(x) - 1;
+    auto expected = given(eager_device(), {4, 3}, call) * 3 + 1;
+    eager_weight.mul_(1.01);
+    expected = expected * eager_weight;
+    for (int k = 0; k < 20; ++k) expected = expected.tanh();
+    expect_close(y, expected - 1, 20);
+    wait_for_compiles();
+  }
+}
+
+TEST_F(Functions, ServeManyThreads) {
+  const auto weight = given(torch::kLazy, {3}, 7);
+  const auto function = [](const torch::Tensor& x, const torch::Tensor& w) {
+    auto y = x * w;
+    for (int k = 0; k < 20; ++k) y = (y + 0.1).tanh();
+    return y;
+  };
+  const auto compiled = compile([=](const torch::Tensor& x) { return function(x, weight); });
+  std::vector<std::thread> threads;
+  std::atomic<int> wrong{0};
+  const auto eager_weight = weight.cpu();
+  for (int thread = 0; thread < 8; ++thread) {
+    threads.emplace_back([&, thread] {
+      torch::NoGradGuard no_grad;
+      for (int call = 0; call < 40; ++call) {
+        const auto x = torch::full({4, 3}, 0.01 * (thread * 40 + call));
+        const auto y = compiled(x.to(torch::kLazy)).cpu();
+        if (!torch::allclose(y, function(x, eager_weight), 1e-5, 1e-6)) ++wrong;
+        if (call == 10) wait_for_compiles();
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+}  // namespace
+}  // namespace reprise::test
