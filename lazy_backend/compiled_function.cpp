@@ -170,7 +170,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
   }
   std::vector<at::Tensor> made;
   {
-    RECORD_FUNCTION("reprise::replay", std::vector<c10::IValue>());
+    RECORD_FUNCTION("reprise::replay", c10::ArrayRef<const c10::IValue>());
     c10::InferenceMode normal_tensors(false);
     const BelowUserModes below;
     made = program.runner->run(std::move(inputs));
@@ -186,7 +186,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }
   // Results that share a storage share it again.
-  std::vector<StoragePtr> storages(made.size());
+  c10::SmallVector<StoragePtr, 8> storages(made.size());
   const auto tensor_of = [&](const Plan::Output& output) -> at::Tensor {
     switch (output.kind) {
       case Plan::Output::Kind::kNone:
@@ -240,7 +240,11 @@ class Function {
   /// From more keys, those that came first are forgotten.
   static constexpr size_t kMostKeys = 256;
 
-  std::shared_ptr<Entry> entry_of(const std::vector<int64_t>& key);
+  struct Known {
+    std::shared_ptr<Entry> entry;
+    PlanPtr plan;
+  };
+  Known known_of(const std::vector<int64_t>& key);
   Pack trace(Entry& entry, const Pack& arguments, c10::function_ref<Pack()> body);
   /// A plan of a verified run; null where there is none yet, or never: see the reason.
   PlanPtr plan_of(Entry& entry, const FunctionTrace& run, const Pack& arguments, const Pack& result);
@@ -283,33 +287,28 @@ Function::~Function() {
   std::erase(registry.all, this);
 }
 
-std::shared_ptr<Entry> Function::entry_of(const std::vector<int64_t>& key) {
+Function::Known Function::known_of(const std::vector<int64_t>& key) {
   {
     const std::shared_lock lock(mutex_);
     for (const auto& entry : entries_) {
-      if (entry->key == key) return entry;
+      if (entry->key == key) return {entry, entry->plan};
     }
   }
   const std::unique_lock lock(mutex_);
   for (const auto& entry : entries_) {
-    if (entry->key == key) return entry;
+    if (entry->key == key) return {entry, entry->plan};
   }
   if (entries_.size() == kMostKeys) entries_.erase(entries_.begin());
   entries_.push_back(std::make_shared<Entry>());
   entries_.back()->key = key;
-  return entries_.back();
+  return {entries_.back(), nullptr};
 }
 
 Pack Function::call(Pack&& arguments, c10::function_ref<Pack()> body) {
   // Within another one it is a part of that one.
   if (Session::current().in_function()) return body();
   complete_key(arguments);
-  const std::shared_ptr<Entry> entry = entry_of(arguments.key);
-  PlanPtr plan;
-  {
-    const std::shared_lock lock(mutex_);
-    plan = entry->plan;
-  }
+  const auto [entry, plan] = known_of(arguments.key);
   if (plan != nullptr) {
     if (auto result = replay(*plan, arguments.tensors)) {
       entry->replayed.fetch_add(1, std::memory_order_relaxed);

@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 #include <execinfo.h>
+#include <link.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -63,9 +64,9 @@ bool asked_by_the_program() {
   void* frames[24];
   const int count = ::backtrace(frames, 24);
   for (int k = 0; k < count; ++k) {
-    Dl_info info;
-    if (::dladdr(frames[k], &info) == 0 || info.dli_fname == nullptr) return true;
-    const std::string_view file(info.dli_fname);
+    dl_find_object object;  // of glibc 2.35; dladdr() looks through all of libtorch's symbols
+    if (::_dl_find_object(frames[k], &object) != 0) return true;
+    const std::string_view file(object.dlfo_link_map->l_name);
     const auto is = [&](std::string_view name) { return file.find(name) != std::string_view::npos; };
     if (is("libreprise") || is("libc10")) continue;
     return !is("libtorch");
@@ -828,8 +829,8 @@ void Session::describe(Step& step, const StepRecorder& recorder, const OpPolicy&
 }
 
 void Session::note_guard(const Expression& condition) {
-  // What is verified was asked the same before.
-  if (cursor_ != nullptr && cursor_ != root_) return;
+  // What is verified or inferred was asked the same before.
+  if ((cursor_ != nullptr && cursor_ != root_) || pattern_ != nullptr) return;
   if (asked_by_the_program()) symbolic_.note_guard(condition, log_.size());
 }
 

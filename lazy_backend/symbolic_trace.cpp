@@ -207,18 +207,11 @@ bool SymbolicTrace::describe_arguments(Step& step, std::span<const SymbolicShape
 
 bool SymbolicTrace::take_over(Step& step, const Step& like) {
   if (like.symbolic == nullptr) return false;
-  const auto same = [](const Expressions& a, const Expressions& b) {
-    return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                      [](const Expression& p, const Expression& q) { return p.text() == q.text(); });
-  };
   const SymbolicStep &own = *step.symbolic, &other = *like.symbolic;
-  if (!std::equal(own.arguments.begin(), own.arguments.end(), other.arguments.begin(),
-                  other.arguments.end(), same)) {
-    return false;
-  }
+  if (own.arguments != other.arguments) return false;
   // Numbers that are plain here may have been guessed there.
   for (size_t k = 0; k < own.numbers.size(); ++k) {
-    if (!own.numbers[k].empty() && !same(own.numbers[k], other.numbers[k])) return false;
+    if (!own.numbers[k].empty() && own.numbers[k] != other.numbers[k]) return false;
   }
   const auto before = std::exchange(step.symbolic, like.symbolic);
   meet(step);
@@ -326,9 +319,9 @@ SymbolicTrace::Outcome SymbolicTrace::guess_numbers(Step& step, const ShapeInfer
     for (size_t index = 0; index < numbers.size(); ++index) {
       Place place{k, index, {}};
       for (const Expression& candidate : pool) {
-        const auto known = [&](const Expression& other) { return other.text() == candidate.text(); };
-        if (candidate.evaluate(here) == numbers[index] &&
-            std::none_of(place.candidates.begin(), place.candidates.end(), known)) {
+        const bool known = std::find(place.candidates.begin(), place.candidates.end(), candidate) !=
+                           place.candidates.end();
+        if (!known && candidate.evaluate(here) == numbers[index]) {
           place.candidates.push_back(candidate);
         }
       }
@@ -379,8 +372,8 @@ bool SymbolicTrace::infer_results(Step& step, const ShapeInference& shapes) {
         });
         const bool simple = expression.kind() == Expression::Kind::kConstant ||
                             expression.kind() == Expression::Kind::kSymbol;
-        const auto known = [&](const Expression& other) { return other.text() == expression.text(); };
-        if (!simple && sizes.size() < kMostSizes && std::none_of(sizes.begin(), sizes.end(), known)) {
+        const bool known = std::find(sizes.begin(), sizes.end(), expression) != sizes.end();
+        if (!simple && !known && sizes.size() < kMostSizes) {
           sizes.push_back(expression);
         }
       }

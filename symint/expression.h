@@ -48,6 +48,13 @@ class Expression {
     for (const Expression& operand : node_->operands) operand.for_each_symbol(visit);
   }
 
+  /// Written the same.
+  bool operator==(const Expression& other) const {
+    return node_ == other.node_ ||
+           (node_->kind == other.node_->kind && node_->value == other.node_->value &&
+            node_->operands == other.node_->operands);
+  }
+
   Kind kind() const { return node_->kind; }
   const std::vector<Expression>& operands() const { return node_->operands; }
   /// Of a constant or a symbol.

@@ -55,7 +55,7 @@ Expression simplified(Op op, const Expression& a, const Expression& b, int64_t v
       break;
     case Op::kSubtract:
       if (is_number(b, 0)) return a;
-      if (a.text() == b.text()) return Expression::constant(0);
+      if (a == b) return Expression::constant(0);
       break;
     case Op::kMultiply:
       if (is_number(b, 1)) return a;
@@ -80,7 +80,7 @@ Expression simplified(Op op, const Expression& a, const Expression& b, int64_t v
                                                              : (is_number(a) ? b : a))
                                                 : Expression::constant(value);
       }
-      if (a.text() != b.text()) break;
+      if (!(a == b)) break;
       return op == Op::kMin || op == Op::kMax ? a : Expression::constant(value);
     default:
       break;

@@ -170,6 +170,8 @@ class Compiled {
   auto operator()(const Args&... args) const {
     using Result = std::decay_t<std::invoke_result_t<F&, const Args&...>>;
     detail::Pack arguments;
+    arguments.tensors.reserve(sizeof...(Args));
+    arguments.key.reserve(32);
     mode_(arguments);
     (arguments.add(args), ...);
     const auto body = [&]() -> detail::Pack {
