@@ -118,24 +118,56 @@ void CompileQueue::start_thread() {
 
 void CompileQueue::wait_until_idle() {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return waiting_.empty() && !busy_; });
+  changed_.wait(lock, [&] { return waiting_.empty() && packages_.empty() && !busy_; });
+}
+
+void CompileQueue::compile_package(const std::string& trace, const std::string& path) {
+  PackageJob job{trace, path, "", false};
+  std::unique_lock lock(mutex_);
+  packages_.push_back(&job);
+  start_thread();
+  changed_.notify_all();
+  changed_.wait(lock, [&] { return job.done; });
+  TORCH_CHECK(job.problem.empty(), "reprise: the package could not be compiled: ", job.problem);
+}
+
+void CompileQueue::process(PackageJob& job) try {
+  char *report = nullptr, *error = nullptr;
+  if (!open_compiler(&job.problem)) return;
+  if (library.compile(job.trace.c_str(), job.path.c_str(), &report, &error) != 0) {
+    job.problem = take(error);
+    return;
+  }
+  REPRISE_LOG(1, "compiled ", job.path, " ", take(report));
+} catch (const std::exception& failure) {
+  job.problem = failure.what();
 }
 
 void CompileQueue::run() {
   lower_priority();
   for (;;) {
     std::shared_ptr<Program> program;
+    PackageJob* package = nullptr;
     {
       std::unique_lock lock(mutex_);
       busy_ = false;
       changed_.notify_all();
-      changed_.wait(lock, [&] { return !waiting_.empty() || import_wanted_; });
+      changed_.wait(lock, [&] { return !waiting_.empty() || !packages_.empty() || import_wanted_; });
       busy_ = true;
       import_wanted_ = false;
-      if (!waiting_.empty()) {
+      if (!packages_.empty()) {
+        package = packages_.front();
+        packages_.pop_front();
+      } else if (!waiting_.empty()) {
         program = std::move(waiting_.front());
         waiting_.pop_front();
       }
+    }
+    if (package != nullptr) {
+      process(*package);
+      const std::lock_guard lock(mutex_);
+      package->done = true;  // its caller goes on, and it is gone
+      continue;
     }
     if (program == nullptr) {
       std::string problem;

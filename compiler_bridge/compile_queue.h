@@ -38,17 +38,26 @@ class CompileQueue {
     start_warm_up();
   }
 
+  /// Compiles a trace into a package at `path` and waits for it. Throws where that fails.
+  /// From any thread but the queue's own.
+  void compile_package(const std::string& trace, const std::string& path);
+
   void wait_until_idle();
 
   /// The process is ending: brings a running compile to rest.
   void stop_for_exit();
 
  private:
+  struct PackageJob {
+    std::string trace, path, problem;
+    bool done = false;
+  };
   CompileQueue() = default;
   void start_warm_up();
   void start_thread();
   void run();
   void process(Program& program);
+  void process(PackageJob& job);
   void process_all_sizes(Program& program);
   /// A program from the store, or null.
   std::shared_ptr<Runner> load(const std::string& key);
@@ -69,6 +78,7 @@ class CompileQueue {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::shared_ptr<Program>> waiting_;
+  std::deque<PackageJob*> packages_;  ///< their callers wait
   bool thread_started_ = false;
   bool import_wanted_ = false;
   bool busy_ = false;

@@ -396,6 +396,9 @@ class Writer {
 
   std::string assemble() {
     std::vector<size_t> outputs;
+    for (const auto& [slot, geometry] : program_.results) {
+      outputs.push_back(value_of(slot, geometry, {}));
+    }
     for (const uint32_t slot : program_.live) {
       const auto& [step, created, number] = creation_.at(slot);
       if (is_random(*program_.steps[step])) continue;  // made beside the program

@@ -20,7 +20,7 @@ struct FunctionTrace {
   std::string broken_by;
   /// It was verified, as a whole.
   bool verified = false;
-  /// Of its segment; empty where there is none.
+  /// Of its segment; empty where that was recorded.
   std::string segment;
   std::vector<StepPtr> steps;
   /// A program that may take the place of a verified segment; null: not yet.

@@ -186,7 +186,11 @@ OpPolicy policy_of(const c10::OperatorHandle& op) {
     policy.host_tensors = exception->host_tensors;
     policy.constant_floats = exception->constant_floats;
     policy.dropout_argument = exception->dropout_argument;
+    policy.first_hidden_write = policy.writes.size();
     policy.writes.append(exception->hidden_writes.begin(), exception->hidden_writes.end());
+    for (size_t k = 0; k < arguments.size(); ++k) {
+      if (arguments[k].name() == "training") policy.training_argument = static_cast<int>(k);
+    }
     if (exception->kind) {
       policy.kind = *exception->kind;
       return policy;

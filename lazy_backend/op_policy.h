@@ -40,6 +40,10 @@ struct OpPolicy {
   /// Indices of the arguments that it writes, from the schema and, for ops whose
   /// schema is silent, from the table.
   c10::SmallVector<uint8_t, 4> writes;
+  /// From this one on, `writes` are of the table; and the index of the `training` argument
+  /// without which there are none, or -1.
+  size_t first_hidden_write = 0;
+  int training_argument = -1;
   /// Eager's versions of what it writes are counted by the ops that it is made of on the
   /// backing device (`_foreach_mul_`), which the lazy tensors never meet.
   bool counts_versions = false;

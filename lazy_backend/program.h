@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "lazy_backend/scratch.h"
@@ -79,6 +80,9 @@ struct Program {
   /// Where a program over symbols is wanted, and no other: steps that are alike at other
   /// sizes, whose outputs are in the same slots.
   std::vector<std::vector<StepPtr>> other_sizes;
+  /// Where it is written down for a package: what that returns, in order, in place of the
+  /// whole storages in `live`.
+  std::vector<std::pair<uint32_t, Geometry>> results;
 
   // Set by the compile queue, before the state becomes kReady.
   std::vector<ProgramInput> inputs;

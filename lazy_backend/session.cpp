@@ -240,6 +240,7 @@ FunctionTrace Session::end_function() {
   Node* node = nullptr;
   if (trace.broken_by.empty()) {
     trace.verified = cursor_ != nullptr && cursor_ != root_;
+    trace.steps = log_;
     node = trace.verified ? cursor_ : nullptr;
     for (uint32_t slot = 0; slot < current_.size(); ++slot) {
       if (current_.is_created(slot)) {

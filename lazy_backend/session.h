@@ -86,6 +86,8 @@ class Session final : private GuardListener {
 
   /// A tensor's size is a symbol from now on: see reprise/dynamic.h.
   void mark(at::Tensor& tensor, int64_t dim, const DynamicDim& what);
+  /// As it was marked last.
+  SymbolicTrace::Range range_of(uint32_t symbol) const { return symbolic_.range_of(symbol); }
 
   // Explicit compile: see reprise/compile.h. What comes between the two is one segment, with
   // a tree of its own, unless something ends it.

@@ -161,8 +161,13 @@ void StepRecorder::take_arguments(torch::jit::Stack& stack) {
     step_->args.push_back(take(stack[base + k], declared[k], static_cast<int>(k)));
   }
   argument_tensors_ = tensors_.size();
-  for (const uint8_t written : policy_.writes) {
-    const Arg& arg = step_->args[written];
+  size_t writes = policy_.writes.size();
+  if (policy_.training_argument >= 0 && writes > policy_.first_hidden_write) {
+    const Arg& training = step_->args[static_cast<size_t>(policy_.training_argument)];
+    if (training.kind == Arg::Kind::kBool && !training.b) writes = policy_.first_hidden_write;
+  }
+  for (size_t k = 0; k < writes; ++k) {
+    const Arg& arg = step_->args[policy_.writes[k]];
     const auto note = [&](const Arg& tensor) {
       step_->written.push_back(tensor.slot);
       if (segment_.is_written(tensor.slot)) return;

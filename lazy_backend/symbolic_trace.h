@@ -38,6 +38,10 @@ class SymbolicTrace {
   /// A size is a symbol, and is `value` from now on. Throws where the symbol has another
   /// range.
   void mark(uint32_t symbol, int64_t value, Range range);
+  Range range_of(uint32_t symbol) const {
+    const auto found = symbols_.find(symbol);
+    return found == symbols_.end() ? Range() : found->second.range;
+  }
   /// A symbol for a size without a name.
   std::string next_name() { return "dim" + std::to_string(unnamed_++); }
 

@@ -108,8 +108,7 @@ const SymbolicNumber* SymbolicNumber::of(const c10::SymInt& number) {
   return dynamic_cast<const SymbolicNumber*>(number.toSymNodeImplUnowned());
 }
 
-int64_t SymbolicNumber::value_of(const c10::SymInt& number) {
-  if (!number.is_heap_allocated()) return number.as_int_unchecked();
+int64_t SymbolicNumber::symbolic_value_of(const c10::SymInt& number) {
   const SymbolicNumber* own = of(number);
   return own != nullptr ? own->value() : number.guard_int(__FILE__, __LINE__);
 }

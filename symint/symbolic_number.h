@@ -38,7 +38,10 @@ class SymbolicNumber final : public c10::SymNodeImpl {
   /// What is behind `number`; null where it is plain, or libtorch's or somebody else's.
   static const SymbolicNumber* of(const c10::SymInt& number);
   /// The value of any number, ours or not, without a guard where it is ours.
-  static int64_t value_of(const c10::SymInt& number);
+  static int64_t value_of(const c10::SymInt& number) {
+    return C10_LIKELY(!number.is_heap_allocated()) ? number.as_int_unchecked()
+                                                   : symbolic_value_of(number);
+  }
 
   const Expression& expression() const { return expression_; }
   int64_t value() const { return value_; }
@@ -86,6 +89,7 @@ class SymbolicNumber final : public c10::SymNodeImpl {
   bool bool_() override { return guard_bool(__FILE__, __LINE__); }
 
  private:
+  static int64_t symbolic_value_of(const c10::SymInt& number);
   double real() const { return kind_ == Kind::kFloat ? real_ : static_cast<double>(value_); }
   /// `kind` of both, in 64 bits; throws where that overflows or divides by zero.
   c10::SymNode combined(Expression::Kind kind, const c10::SymNode& other);

@@ -6,5 +6,6 @@
 #include "reprise/device.h"
 #include "reprise/dynamic.h"
 #include "reprise/explain.h"
+#include "reprise/export.h"
 #include "reprise/metrics.h"
 #include "reprise/options.h"

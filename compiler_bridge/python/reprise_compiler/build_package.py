@@ -83,12 +83,16 @@ def fake_inputs(
     `torch.export` would trace the graph once more than it is traced anyway, a
     quarter of the time that a large graph takes; what it adds, a checked and
     serialisable program, is not used. The shape environment is needed for
-    dynamic scalars, which are symbols in it.
+    dynamic scalars, which are symbols in it. Weights of a package that is exported stay
+    what they are.
     """
+    weights = any(True for _ in program.module.buffers())
     if symbols is not None:
-        with FakeTensorMode(shape_env=symbols.shape_env):
+        with FakeTensorMode(shape_env=symbols.shape_env, allow_non_fake_inputs=weights):
             return program.make_inputs(symbols.values)
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    mode = FakeTensorMode(
+        shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=weights
+    )
     return tuple(mode.from_tensor(t, static_shapes=True) for t in program.make_inputs([]))
 
 
@@ -153,6 +157,7 @@ class PackageBuilder:
                     **inductor_options(),
                     **options_for(program),
                     "aot_inductor.output_path": str(scratch),
+                    "aot_inductor.metadata": program.metadata,
                 },
             )
             clock.lap("inductor_s")

@@ -34,6 +34,7 @@ class TraceProgram:
     hints: list[int]  # an example value of each symbol
     numbers: int  # of the symbols, the last ones, that no size says
     output_count: int
+    metadata: dict[str, str]  # of a package that is exported
 
     def make_inputs(self, symbols: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """The inputs where symbol k is `symbols[k]`, a number or a `SymInt`."""
@@ -54,14 +55,17 @@ def read_trace(trace_json: str) -> TraceProgram:
         raise TraceError(
             f"trace format {trace.get('format')!r}, this compiler reads {FORMAT}"
         )
-    graph = _GraphBuilder(trace).build()
+    export = trace.get("export")
+    builder = _GraphBuilder(trace)
+    graph = builder.build()
     return TraceProgram(
-        module=GraphModule(torch.nn.Module(), graph),
-        inputs=trace["inputs"],
+        module=GraphModule(builder.root, graph),
+        inputs=[trace["inputs"][k] for k in export["arguments"]] if export else trace["inputs"],
         device=torch.device(trace["device"]),
         hints=trace.get("symbols", []),
         numbers=trace.get("numbers", 0),
         output_count=len(trace["outputs"]),
+        metadata=export["metadata"] if export else {},
     )
 
 
@@ -186,10 +190,25 @@ class _GraphBuilder:
         self.overlapping: set[Node] = set()
         self.inputs: dict[Node, dict[str, Any]] = {}
         self.symbols: dict[int, Node] = {}
+        self.root = torch.nn.Module()
+
+    def add_inputs(self) -> None:
+        export = self.trace.get("export")
+        if export is None:
+            for k in range(len(self.trace["inputs"])):
+                self.values[k] = self.graph.placeholder(f"input_{k}")
+            return
+        # What is no argument is a weight, with the values that it has.
+        for k in export["arguments"]:
+            self.values[k] = self.graph.placeholder(f"input_{k}")
+        weights = torch.load(export["weights"], weights_only=True)
+        for k, weight in zip(sorted(set(range(len(self.trace["inputs"]))) - set(self.values)), weights, strict=True):
+            self.root.register_buffer(f"weight_{k}", weight)
+            self.values[k] = self.graph.get_attr(f"weight_{k}")
 
     def build(self) -> Graph:
+        self.add_inputs()
         for k, spec in enumerate(self.trace["inputs"]):
-            self.values[k] = self.graph.placeholder(f"input_{k}")
             if spec["kind"] not in ("tensor", "scalar"):
                 raise TraceError(f"input {k} has the unknown kind {spec['kind']!r}")
             self.inputs[self.values[k]] = with_symbols(spec, self.trace.get("symbols", []))

@@ -1,0 +1,105 @@
+/// \file
+/// Compiled packages for programs that have neither Python nor Reprise.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "reprise/compile.h"
+#include "reprise/export_macros.h"
+
+namespace reprise {
+
+struct ExportOptions {
+  /// Names of the tensors among the arguments, in order; written into the package's metadata
+  /// and used in messages. Empty: `input_0` and so on.
+  std::vector<std::string> input_names;
+};
+
+namespace detail {
+
+/// Puts other tensors in the places of those in a value; all else stays as it is.
+struct Replace {
+  const std::vector<at::Tensor>& tensors;
+  size_t next = 0;
+
+  void in(at::Tensor& tensor) { tensor = tensors[next++]; }
+  template <class T>
+  void in(std::vector<T>& list) {
+    for (T& each : list) in(each);
+  }
+  template <class T>
+  void in(std::optional<T>& value) {
+    if (value.has_value()) in(*value);
+  }
+  template <class... T>
+  void in(std::tuple<T...>& values) {
+    std::apply([this](auto&... each) { (in(each), ...); }, values);
+  }
+  template <class A, class B>
+  void in(std::pair<A, B>& values) {
+    in(values.first);
+    in(values.second);
+  }
+  template <class T>
+  void in(std::map<std::string, T>& values) {
+    for (auto& [name, value] : values) in(value);
+  }
+  template <class T>
+  void in(T&) {}
+};
+
+/// `body` runs the function on the example with these tensors in it.
+REPRISE_API void export_function(Pack&& arguments,
+                                 c10::function_ref<Pack(const std::vector<at::Tensor>&)> body,
+                                 const std::string& path, const ExportOptions& options);
+
+}  // namespace detail
+
+/// Runs a function or a module once on the example arguments, whose tensors are lazy, and
+/// writes what it did to `path` (`.pt2`, replaced whole or not at all) as an AOTInductor
+/// package for the backing device. Tensors that it uses beside its arguments go in as
+/// weights, with the values that they have now.
+///
+/// The package runs in any program that links libtorch of the same version
+/// (`torch::inductor::AOTIModelPackageLoader`), and in Python
+/// (`torch._inductor.aoti_load_package`). It takes the tensors among the arguments one by
+/// one, in order, as tensors of the backing device, and returns those of the result.
+/// Arguments that are no tensors are constants of it.
+///
+/// Sizes of the example tensors that were marked (`mark_dynamic`) may be others in a call;
+/// all other sizes are fixed. To find out what follows from a marked size, the function runs
+/// at a few others too, on tensors that repeat the example's elements.
+///
+/// Blocks for the seconds that the compile takes, then runs the package on the example
+/// arguments. Throws a c10::Error where the function reads a value in the middle, writes a
+/// tensor that is no argument, returns what it has not made, draws random numbers, or needs
+/// fixed what was marked; where nothing can be compiled; and where the package gives other
+/// values than the function did. Grad mode is off while the function runs.
+template <class F, class... Args>
+void export_package(F function, const std::tuple<Args...>& example, const std::string& path,
+                    const ExportOptions& options = {}) {
+  detail::Pack arguments;
+  arguments.add(example);
+  const auto body = [&](const std::vector<at::Tensor>& tensors) -> detail::Pack {
+    detail::Pack result;
+    std::tuple<Args...> other = example;
+    detail::Replace{tensors}.in(other);
+    const auto call = [&](const auto&... args) {
+      if constexpr (detail::ModuleHolder<F>) {
+        result.add(function->forward(args...));
+      } else if constexpr (detail::AnyModule<F>) {
+        result.add(function.forward(args...));
+      } else {
+        result.add(function(args...));
+      }
+    };
+    std::apply(call, other);
+    return result;
+  };
+  detail::export_function(std::move(arguments), body, path, options);
+}
+
+}  // namespace reprise
