@@ -132,7 +132,7 @@ at::Tensor lazy_over(const StoragePtr& storage, const Geometry& geometry) {
   return wrap(storage, backing_tensor(storage->backing(), geometry));
 }
 
-/// Replays a call; nothing where what was bound is not there any more.
+/// Replays a call; nothing where what was bound is not there any more, or the program fails.
 std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& arguments) {
   for (const Watched& each : plan.watched) {
     const auto tensor = each.tensor.lock();
@@ -169,12 +169,18 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
     }
   }
   std::vector<at::Tensor> made;
-  {
+  try {
     RECORD_FUNCTION("reprise::replay", c10::ArrayRef<const c10::IValue>());
     c10::InferenceMode normal_tensors(false);
     const BelowUserModes below;
     made = program.runner->run(std::move(inputs));
     for (size_t k = 0; k < made.size(); ++k) made[k] = as_recorded(program.outputs[k], made[k]);
+  } catch (const std::exception& error) {
+    // Out of memory, say. What it may have written in part cannot be run again.
+    if (program.writes_inputs) throw;
+    metrics().program_failures.add(1);
+    TORCH_WARN("reprise: a compiled function's program failed, and the function is run: ", error.what());
+    return std::nullopt;
   }
   metrics().segments_replayed.add(1);
   for (const Watched& each : plan.watched) {

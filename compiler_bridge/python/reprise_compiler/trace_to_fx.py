@@ -202,8 +202,9 @@ class _GraphBuilder:
         for k in export["arguments"]:
             self.values[k] = self.graph.placeholder(f"input_{k}")
         weights = torch.load(export["weights"], weights_only=True)
-        for k, weight in zip(sorted(set(range(len(self.trace["inputs"]))) - set(self.values)), weights, strict=True):
-            self.root.register_buffer(f"weight_{k}", weight)
+        others = [k for k in range(len(self.trace["inputs"])) if k not in self.values]
+        for k, weight in zip(others, weights, strict=True):
+            self.root.register_buffer(f"weight_{k}", weight.to(self.trace["device"]))
             self.values[k] = self.graph.get_attr(f"weight_{k}")
 
     def build(self) -> Graph:
