@@ -249,9 +249,10 @@ class Function {
   struct Known {
     std::shared_ptr<Entry> entry;
     PlanPtr plan;
+    bool may_get_plan = true;
   };
   Known known_of(const std::vector<int64_t>& key);
-  Pack trace(Entry& entry, const Pack& arguments, c10::function_ref<Pack()> body);
+  Pack trace(Entry& entry, bool may_get_plan, const Pack& arguments, c10::function_ref<Pack()> body);
   /// A plan of a verified run; null where there is none yet, or never: see the reason.
   PlanPtr plan_of(Entry& entry, const FunctionTrace& run, const Pack& arguments, const Pack& result);
 
@@ -297,24 +298,24 @@ Function::Known Function::known_of(const std::vector<int64_t>& key) {
   {
     const std::shared_lock lock(mutex_);
     for (const auto& entry : entries_) {
-      if (entry->key == key) return {entry, entry->plan};
+      if (entry->key == key) return {entry, entry->plan, entry->reason.empty()};
     }
   }
   const std::unique_lock lock(mutex_);
   for (const auto& entry : entries_) {
-    if (entry->key == key) return {entry, entry->plan};
+    if (entry->key == key) return {entry, entry->plan, entry->reason.empty()};
   }
   if (entries_.size() == kMostKeys) entries_.erase(entries_.begin());
   entries_.push_back(std::make_shared<Entry>());
   entries_.back()->key = key;
-  return {entries_.back(), nullptr};
+  return {entries_.back(), nullptr, true};
 }
 
 Pack Function::call(Pack&& arguments, c10::function_ref<Pack()> body) {
   // Within another one it is a part of that one.
   if (Session::current().in_function()) return body();
   complete_key(arguments);
-  const auto [entry, plan] = known_of(arguments.key);
+  const auto [entry, plan, may_get_plan] = known_of(arguments.key);
   if (plan != nullptr) {
     if (auto result = replay(*plan, arguments.tensors)) {
       entry->replayed.fetch_add(1, std::memory_order_relaxed);
@@ -324,13 +325,14 @@ Pack Function::call(Pack&& arguments, c10::function_ref<Pack()> body) {
     entry->plan = nullptr;
     entry->segment.clear();
   }
-  return trace(*entry, arguments, body);
+  return trace(*entry, may_get_plan, arguments, body);
 }
 
-Pack Function::trace(Entry& entry, const Pack& arguments, c10::function_ref<Pack()> body) {
+Pack Function::trace(Entry& entry, bool may_get_plan, const Pack& arguments,
+                     c10::function_ref<Pack()> body) {
   Session& session = Session::current();
   session.begin_function(number_, options_.name, options_.fullgraph,
-                         /*watch=*/entry.reason.empty());
+                         /*watch=*/may_get_plan);
   Pack result;
   try {
     result = body();
@@ -339,6 +341,7 @@ Pack Function::trace(Entry& entry, const Pack& arguments, c10::function_ref<Pack
     throw;
   }
   const FunctionTrace run = session.end_function();
+  std::string reason;
   {
     const std::unique_lock lock(mutex_);
     ++entry.traced;
@@ -347,9 +350,10 @@ Pack Function::trace(Entry& entry, const Pack& arguments, c10::function_ref<Pack
       entry.plan = plan_of(entry, run, arguments, result);
       if (entry.plan != nullptr) REPRISE_LOG(1, options_.name, ": replayed from now on by ", run.segment);
     }
+    reason = entry.reason;
   }
-  TORCH_CHECK(!options_.fullgraph || entry.reason.empty(), "reprise: ", options_.name,
-              " cannot be replayed: ", entry.reason);
+  TORCH_CHECK(!options_.fullgraph || reason.empty(), "reprise: ", options_.name,
+              " cannot be replayed: ", reason);
   return result;
 }
 
