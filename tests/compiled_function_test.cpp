@@ -130,6 +130,22 @@ TEST_F(Functions, ModulesFollowTheirModeAndTheirParameters) {
   EXPECT_NE(explain().find("net: 2 keys, run "), std::string::npos) << explain();
 }
 
+TEST_F(Functions, AnyModulesAndSharedPointersToo) {
+  torch::NoGradGuard no_grad;
+  torch::nn::Linear net(3, 2);
+  net->to(torch::kLazy);
+  const torch::nn::AnyModule any(net);
+  const auto of_any = compile(any);
+  const auto of_pointer = compile(net.ptr());
+  const auto x = given(torch::kLazy, {4, 3}, 1);
+  const auto expected = net->forward(x).cpu();
+  for (int call = 0; call < 6; ++call) {
+    expect_close(of_any(x), expected, 10);
+    expect_close(of_pointer(x), expected, 10);
+    wait_for_compiles();
+  }
+}
+
 TEST_F(Functions, WholeTrainingStepsLeaveGradientsAndUpdates) {
   const auto make = [](torch::Device device) {
     torch::manual_seed(0);
