@@ -295,16 +295,18 @@ Function::~Function() {
 }
 
 Function::Known Function::known_of(const std::vector<int64_t>& key) {
+  const auto find = [&]() -> std::optional<Known> {
+    for (const auto& entry : entries_) {
+      if (entry->key == key) return Known{entry, entry->plan, entry->reason.empty()};
+    }
+    return std::nullopt;
+  };
   {
     const std::shared_lock lock(mutex_);
-    for (const auto& entry : entries_) {
-      if (entry->key == key) return {entry, entry->plan, entry->reason.empty()};
-    }
+    if (auto known = find()) return std::move(*known);
   }
   const std::unique_lock lock(mutex_);
-  for (const auto& entry : entries_) {
-    if (entry->key == key) return {entry, entry->plan, entry->reason.empty()};
-  }
+  if (auto known = find()) return std::move(*known);  // another thread was faster
   if (entries_.size() == kMostKeys) entries_.erase(entries_.begin());
   entries_.push_back(std::make_shared<Entry>());
   entries_.back()->key = key;

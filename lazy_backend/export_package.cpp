@@ -21,7 +21,6 @@
 #include "lazy_backend/session.h"
 #include "reprise/export.h"
 #include "symint/general_trace.h"
-#include "symint/symbols.h"
 
 namespace reprise {
 namespace {
@@ -148,11 +147,8 @@ std::string text_of(const std::vector<Mark>& marks) {
   for (const Mark& mark : marks) {
     if (std::find(told.begin(), told.end(), mark.symbol) != told.end()) continue;
     told.push_back(mark.symbol);
-    const SymbolicTrace::Range range = Session::current().range_of(mark.symbol);
-    out += (out.empty() ? "" : ", ") + symbol_name(mark.symbol);
-    if (range == SymbolicTrace::Range()) continue;
-    out += " (" + std::to_string(range.least) + " to " +
-           (range.most == INT64_MAX ? "any" : std::to_string(range.most)) + ")";
+    out += (out.empty() ? "" : ", ") +
+           SymbolicTrace::text_of(mark.symbol, Session::current().range_of(mark.symbol));
   }
   return out;
 }
@@ -161,27 +157,21 @@ std::string text_of(const std::vector<Mark>& marks) {
 /// them must follow from them.
 std::string over_symbols(const Exported& first, const std::vector<at::Tensor>& arguments,
                          const std::vector<Mark>& marks, Body body) {
-  constexpr int kTrials = 5;
+  constexpr uint32_t kTrials = 5;
   constexpr size_t kEnough = 4;  // traces, the first one with them
   const SplitTrace split(first.trace);
   std::vector<std::vector<int64_t>> members;
   std::string problem;
-  for (int trial = 0; trial < kTrials && members.size() + 1 < kEnough; ++trial) {
+  for (uint32_t trial = 0; trial < kTrials && members.size() + 1 < kEnough; ++trial) {
     std::vector<uint32_t> symbols;  // in the order in which they come
     std::vector<at::Tensor> other = arguments;
     for (const Mark& mark : marks) {
       const auto known = std::find(symbols.begin(), symbols.end(), mark.symbol);
-      const auto order = static_cast<int64_t>(known - symbols.begin());
+      const auto order = known - symbols.begin();
       if (known == symbols.end()) symbols.push_back(mark.symbol);
-      const int64_t now = arguments[mark.argument].size(mark.dim);
-      const SymbolicTrace::Range range = Session::current().range_of(mark.symbol);
-      const int64_t least = std::max<int64_t>(range.least, 2);
-      // Each symbol goes its own way, and by its multiples where only these are possible.
-      int64_t size = trial == 0   ? now + 1 + 2 * order
-                     : trial == 1 ? 2 * now + 3 + order
-                                  : now * (2 + (trial + order) % 4);
-      if (size > range.most && range.most > least) size = least + size % (range.most - least + 1);
-      size = std::max(std::min(size, range.most), least);
+      const int64_t size = SymbolicTrace::trial_size(
+          arguments[mark.argument].size(mark.dim), Session::current().range_of(mark.symbol),
+          static_cast<size_t>(order), trial);
       at::Tensor& tensor = other[mark.argument];
       const at::Tensor places =
           at::arange(size, at::TensorOptions().dtype(c10::kLong)).remainder(tensor.size(mark.dim));

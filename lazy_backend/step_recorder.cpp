@@ -1,7 +1,6 @@
 #include "lazy_backend/step_recorder.h"
 
 #include <ATen/core/ATen_fwd.h>
-#include <c10/core/Allocator.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -54,10 +53,7 @@ at::Tensor StepRecorder::on_device(const at::Tensor& lazy) const {
       return meta_tensor(each.backing.storage(), lazy);
     }
   }
-  return meta_tensor(c10::Storage(c10::Storage::use_byte_size_t(), lazy.storage().nbytes(),
-                                  c10::DataPtr(nullptr, c10::kMeta),
-                                  c10::GetAllocator(c10::kMeta), /*resizable=*/true),
-                     lazy);
+  return meta_tensor(meta_storage(lazy.storage().nbytes()), lazy);
 }
 
 Arg StepRecorder::take_tensor(c10::IValue& value, int top_level) {

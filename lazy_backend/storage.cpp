@@ -1,5 +1,6 @@
 #include "lazy_backend/storage.h"
 
+#include <c10/core/Allocator.h>
 #include <c10/core/TensorImpl.h>
 
 #include "lazy_backend/device.h"
@@ -176,6 +177,12 @@ at::Tensor stand_in(const at::Tensor& lazy) {
   at::Tensor tensor(std::move(impl));
   if (lazy.requires_grad()) tensor.set_requires_grad(true);
   return tensor;
+}
+
+c10::Storage meta_storage(size_t nbytes) {
+  return c10::Storage(c10::Storage::use_byte_size_t(), static_cast<int64_t>(nbytes),
+                      c10::DataPtr(nullptr, c10::kMeta), c10::GetAllocator(c10::kMeta),
+                      /*resizable=*/true);
 }
 
 at::Tensor meta_tensor(const c10::Storage& storage, const at::Tensor& lazy) {

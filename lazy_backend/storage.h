@@ -124,6 +124,9 @@ at::Tensor unwrap(const at::Tensor& lazy);
 /// for being asked, not for being read.
 at::Tensor stand_in(const at::Tensor& lazy);
 
+/// A storage of the `meta` device: a size, and no bytes.
+c10::Storage meta_storage(size_t nbytes);
+
 /// A tensor of the `meta` device over `storage`, like `lazy`.
 at::Tensor meta_tensor(const c10::Storage& storage, const at::Tensor& lazy);
 

@@ -1,12 +1,11 @@
 #include "lazy_backend/symbolic_trace.h"
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/Allocator.h>
 
 #include <algorithm>
 #include <map>
 
-#include "lazy_backend/below_user_modes.h"
+#include "lazy_backend/storage.h"
 #include "symint/general_trace.h"
 #include "symint/symbolic_number.h"
 #include "symint/symbols.h"
@@ -48,9 +47,7 @@ class MetaArguments {
     const Geometry& geometry = arg.geometry();
     auto& storage = storages_[arg.slot];
     if (!storage) {
-      storage = c10::Storage(c10::Storage::use_byte_size_t(), static_cast<int64_t>(geometry.nbytes()),
-                             c10::DataPtr(nullptr, c10::kMeta), c10::GetAllocator(c10::kMeta),
-                             /*resizable=*/true);
+      storage = meta_storage(geometry.nbytes());
     } else if (storage.nbytes() < geometry.nbytes()) {
       storage.set_nbytes(geometry.nbytes());
     }
@@ -127,7 +124,7 @@ void SymbolicTrace::begin() {
   guards_.clear();
 }
 
-bool SymbolicTrace::take_numbers(std::span<c10::IValue> arguments) {
+void SymbolicTrace::take_numbers(std::span<c10::IValue> arguments) {
   numbers_.clear();
   const auto expression = [](const c10::SymInt& number) {
     const SymbolicNumber* own = SymbolicNumber::of(number);
@@ -155,7 +152,6 @@ bool SymbolicTrace::take_numbers(std::span<c10::IValue> arguments) {
       value = value.toSymBool().guard_bool(__FILE__, __LINE__);
     }
   }
-  return !numbers_.empty();
 }
 
 void SymbolicTrace::meet(const Expression& expression) {
@@ -164,28 +160,27 @@ void SymbolicTrace::meet(const Expression& expression) {
   });
 }
 
+int64_t SymbolicTrace::trial_size(int64_t now, const Range& range, size_t order, uint32_t trial) {
+  const auto k = static_cast<int64_t>(order);
+  int64_t size = 0;
+  switch (trial) {
+    case 0: size = now + 1 + 2 * k; break;
+    case 1: size = 2 * now + 3 + k; break;
+    default: size = now * (2 + (k + static_cast<int64_t>(trial)) % 4); break;
+  }
+  const int64_t least = std::max<int64_t>(range.least, 2);
+  if (size > range.most && range.most > least) size = least + size % (range.most - least + 1);
+  return std::max(std::min(size, range.most), least);
+}
+
 SymbolicTrace::Values SymbolicTrace::trial(uint32_t number) const {
-  // Sizes that have nothing to do with those at hand, and, since a program may need them
-  // to be divisible, multiples of these; another one for each symbol, since sizes that are
-  // always equal look like one.
   Values values;
   for (size_t order = 0; order < met_.size(); ++order) {
     const uint32_t symbol = met_[order];
     const auto found = symbols_.find(symbol);
     const Symbol known = found == symbols_.end() ? Symbol() : found->second;
     if (values.size() <= symbol) values.resize(symbol + 1, 0);
-    const auto k = static_cast<int64_t>(order);
-    int64_t value = 0;
-    switch (number) {
-      case 0: value = known.value + 1 + 2 * k; break;
-      case 1: value = 2 * known.value + 3 + k; break;
-      default: value = known.value * (2 + (k + static_cast<int64_t>(number)) % 4); break;
-    }
-    const int64_t least = std::max<int64_t>(known.range.least, 2);
-    if (value > known.range.most && known.range.most > least) {
-      value = least + value % (known.range.most - least + 1);
-    }
-    values[symbol] = std::max(std::min(value, known.range.most), least);
+    values[symbol] = trial_size(known.value, known.range, order, number);
   }
   return values;
 }
@@ -485,6 +480,12 @@ std::vector<std::vector<int64_t>> SymbolicTrace::other_sizes() const {
   return all;
 }
 
+std::string SymbolicTrace::text_of(uint32_t symbol, const Range& range) {
+  if (range == Range()) return symbol_name(symbol);
+  return symbol_name(symbol) + " (" + std::to_string(range.least) + " to " +
+         (range.most == INT64_MAX ? "any" : std::to_string(range.most)) + ")";
+}
+
 std::string SymbolicTrace::text() const {
   if (met_.empty() && guards_.empty() && problem_.empty()) return "";
   std::string out;
@@ -492,14 +493,7 @@ std::string SymbolicTrace::text() const {
     out = problem_;
   } else {
     for (const uint32_t symbol : met_) {
-      const auto known = symbols_.find(symbol);
-      out += (out.empty() ? "symbolic: " : ", ") + symbol_name(symbol);
-      if (known == symbols_.end()) continue;
-      const Range& range = known->second.range;
-      if (range != Range()) {
-        out += " (" + std::to_string(range.least) + " to " +
-               (range.most == INT64_MAX ? "any" : std::to_string(range.most)) + ")";
-      }
+      out += (out.empty() ? "symbolic: " : ", ") + text_of(symbol, range_of(symbol));
     }
   }
   for (const std::string& guard : guards_) out += "\nguard: " + guard;

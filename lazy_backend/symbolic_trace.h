@@ -35,6 +35,14 @@ class SymbolicTrace {
     bool operator==(const Range&) const = default;
   };
 
+  /// Another size than `now` for the symbol that is the `order`-th of a segment: the first
+  /// two trials are sizes that have nothing to do with it, and, since a program may need
+  /// sizes to be divisible, further ones are multiples. Each symbol goes its own way, since
+  /// sizes that are always equal look like one.
+  static int64_t trial_size(int64_t now, const Range& range, size_t order, uint32_t trial);
+  /// `tokens (2 to 64)`, or the name alone where any size will do.
+  static std::string text_of(uint32_t symbol, const Range& range);
+
   /// A size is a symbol, and is `value` from now on. Throws where the symbol has another
   /// range.
   void mark(uint32_t symbol, int64_t value, Range range);
@@ -49,8 +57,8 @@ class SymbolicTrace {
   void begin();
 
   /// Puts plain numbers in the places of symbolic ones and remembers their expressions, for
-  /// the call that comes. Returns whether there were any.
-  bool take_numbers(std::span<c10::IValue> arguments);
+  /// the call that comes.
+  void take_numbers(std::span<c10::IValue> arguments);
 
   /// Completes a step that has run: its `symbolic`, and results over symbols in the places
   /// of those on the stack. `arguments` holds the shapes of its tensor arguments, null ones
