@@ -62,6 +62,14 @@ if(TARGET reprise_imported_torch_cuda)
   if(REPRISE_CUDA_INCLUDE)
     target_include_directories(reprise_libtorch_cuda SYSTEM INTERFACE "${REPRISE_CUDA_INCLUDE}")
   endif()
+  # The one that libtorch_cuda was built with, by its name: wheels have no other.
+  string(REGEX MATCH "^[0-9]+" cuda_major "${torch_cuda_version}")
+  find_library(REPRISE_CUDART NAMES libcudart.so.${cuda_major} cudart
+    PATHS ${torch_cuda_wheels} $ENV{CUDA_HOME} /usr/local/cuda PATH_SUFFIXES lib lib64
+    NO_DEFAULT_PATH)
+  if(REPRISE_CUDART)
+    target_link_libraries(reprise_libtorch_cuda INTERFACE "${REPRISE_CUDART}")
+  endif()
   foreach(wheel IN LISTS torch_cuda_wheels)
     target_link_options(reprise_libtorch INTERFACE "LINKER:-rpath-link,${wheel}/lib")
   endforeach()

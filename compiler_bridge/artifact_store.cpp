@@ -15,6 +15,8 @@
 #include <filesystem>
 #include <vector>
 
+#include "lazy_backend/device.h"
+#include "lazy_backend/gpu.h"
 #include "reprise/options.h"
 
 namespace reprise {
@@ -85,7 +87,8 @@ ArtifactStore::ArtifactStore() {
 
 std::string ArtifactStore::key(const std::string& trace) const {
   const std::string about =
-      c10::str(kFormat, "|", REPRISE_COMPILER_ID, "|", TORCH_VERSION, "|", at::get_cpu_capability(), "|");
+      c10::str(kFormat, "|", REPRISE_COMPILER_ID, "|", TORCH_VERSION, "|", at::get_cpu_capability(),
+               "|", gpu_model(backing_device_of(0)), "|");
   const auto low = torch::lazy::MHash(about, trace);
   const auto high = torch::lazy::MHash(trace, about, trace.size());
   return torch::lazy::HashToString(low) + torch::lazy::HashToString(high);

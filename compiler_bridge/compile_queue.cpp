@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <set>
 #include <thread>
 
 #include "compiler_bridge/artifact_store.h"
@@ -19,6 +20,8 @@
 #include "compiler_bridge/package_runner.h"
 #include "compiler_bridge/trace_outline.h"
 #include "compiler_bridge/trace_writer.h"
+#include "lazy_backend/cuda_graph.h"
+#include "lazy_backend/device.h"
 #include "lazy_backend/json_text.h"
 #include "lazy_backend/log.h"
 #include "lazy_backend/metrics.h"
@@ -246,8 +249,26 @@ bool CompileQueue::open_compiler(std::string* problem) {
   return true;
 }
 
+namespace {
+/// The program's runner, which captures its launches where the device has graphs.
+std::shared_ptr<Runner> as_graph(const Program& program) {
+  std::vector<bool> written(program.inputs.size());
+  std::set<uint32_t> slots;
+  for (const StepPtr& step : program.steps) {
+    slots.insert(step->written_inputs.begin(), step->written_inputs.end());
+  }
+  for (size_t k = 0; k < written.size(); ++k) {
+    const ProgramInput& input = program.inputs[k];
+    written[k] = input.kind == ProgramInput::Kind::kSlot && slots.count(input.index) > 0;
+  }
+  return with_cuda_graph(program.runner, backing_device_of(program.device_index),
+                         std::move(written));
+}
+}  // namespace
+
 void CompileQueue::finish(Program& program, std::string problem) {
   if (problem.empty()) {
+    program.runner = as_graph(program);
     if (program.scratch_bytes > 0) {
       program.scratch = std::make_shared<Scratch>(program.scratch_bytes);
     }
@@ -279,7 +300,7 @@ void CompileQueue::process(Program& program) {
   std::optional<SplitTrace> split;
   ProgramFamily* family = nullptr;
   if (options().dynamic_shapes) family = &note(split.emplace(trace));
-  if (auto runner = load(key)) {
+  if (auto runner = load(key, backing_device_of(program.device_index))) {
     program.runner = std::move(runner);
     program.from_store = true;
     return finish(program, "");
@@ -369,6 +390,7 @@ bool CompileQueue::share(Program& program, const Program& like) try {
     }
   }
   metrics().programs_shared.add(1);
+  program.runner = as_graph(program);
   program.state.store(Program::State::kReady, std::memory_order_release);
   return true;
 } catch (const std::exception& error) {
@@ -400,7 +422,7 @@ bool CompileQueue::serve_or_compile(Program& program, const SplitTrace& split,
   const std::string key = ArtifactStore::get().key(general->text());
   std::string problem;
   try {
-    auto runner = load(key);
+    auto runner = load(key, backing_device_of(program.device_index));
     program.from_store = runner != nullptr;
     if (runner == nullptr) runner = compile(program, general->text(), key, &problem);
     if (runner != nullptr) {
@@ -420,13 +442,13 @@ bool CompileQueue::serve_or_compile(Program& program, const SplitTrace& split,
   return false;
 }
 
-std::shared_ptr<Runner> CompileQueue::load(const std::string& key) {
+std::shared_ptr<Runner> CompileQueue::load(const std::string& key, c10::Device device) {
   if (auto runner = loaded_[key].lock()) return runner;
   ArtifactStore& store = ArtifactStore::get();
   const auto stored = store.find(key);
   if (!stored) return nullptr;
   try {
-    std::shared_ptr<Runner> runner = load_package_runner(*stored);
+    std::shared_ptr<Runner> runner = load_package_runner(*stored, device);
     metrics().programs_loaded.add(1);
     loaded_[key] = runner;
     return runner;
@@ -448,7 +470,7 @@ std::shared_ptr<Runner> CompileQueue::compile(Program& program, const std::strin
     return nullptr;
   }
   const std::string phases = take(report);
-  std::shared_ptr<Runner> runner = load_package_runner(path);
+  std::shared_ptr<Runner> runner = load_package_runner(path, backing_device_of(program.device_index));
   loaded_[key] = runner;
   program.compile_seconds = seconds_since(start);
   metrics().programs_compiled.add(1);

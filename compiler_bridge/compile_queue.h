@@ -60,7 +60,7 @@ class CompileQueue {
   void process(PackageJob& job);
   void process_all_sizes(Program& program);
   /// A program from the store, or null.
-  std::shared_ptr<Runner> load(const std::string& key);
+  std::shared_ptr<Runner> load(const std::string& key, c10::Device device);
   /// Compiles a trace into the store and loads it; null, with the reason, where that fails.
   /// The program is the one that is asked for, and gets the time that it took.
   std::shared_ptr<Runner> compile(Program& program, const std::string& trace,

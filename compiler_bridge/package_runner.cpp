@@ -10,9 +10,17 @@
 namespace reprise {
 namespace {
 
-class PackageRunner final : public Runner {
+/// A program without any computation is made for the CPU, wherever its inputs are.
+bool runs_on_gpu(const std::string& path) {
+  const auto metadata =
+      torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
+  const auto device = metadata.find("AOTI_DEVICE_KEY");
+  return device != metadata.end() && device->second != "cpu";
+}
+
+class CpuRunner final : public Runner {
  public:
-  explicit PackageRunner(const std::string& path)
+  explicit CpuRunner(const std::string& path)
       : loader_(path, "model", /*run_single_threaded=*/false, calls_at_once()) {}
   std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
     if (C10_LIKELY(called_.load(std::memory_order_acquire))) {
@@ -38,10 +46,28 @@ class PackageRunner final : public Runner {
   torch::inductor::AOTIModelPackageLoader loader_;
 };
 
+/// Calls wait for each other on the host; what they launch does not. A package that serves
+/// several calls at once records events, and cannot be captured as a graph
+/// (aoti_runtime/model_base.h, torch 2.11).
+class GpuRunner final : public Runner {
+ public:
+  GpuRunner(const std::string& path, c10::DeviceIndex index)
+      : loader_(path, "model", /*run_single_threaded=*/true, /*num_runners=*/1, index) {}
+  std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
+    const std::lock_guard lock(mutex_);
+    return loader_.boxed_run(std::move(inputs));
+  }
+
+ private:
+  std::mutex mutex_;
+  torch::inductor::AOTIModelPackageLoader loader_;
+};
+
 }  // namespace
 
-std::shared_ptr<Runner> load_package_runner(const std::string& path) {
-  return std::make_shared<PackageRunner>(path);
+std::shared_ptr<Runner> load_package_runner(const std::string& path, c10::Device device) {
+  if (device.is_cpu() || !runs_on_gpu(path)) return std::make_shared<CpuRunner>(path);
+  return std::make_shared<GpuRunner>(path, device.index());
 }
 
 }  // namespace reprise

@@ -9,8 +9,8 @@
 
 namespace reprise {
 
-/// Loads the package at `path`. Throws where it is damaged or made for another
-/// torch or device.
-std::shared_ptr<Runner> load_package_runner(const std::string& path);
+/// Loads the package at `path`, which was made for `device`. On a GPU it runs on the calling
+/// thread's current stream. Throws where it is damaged or made for another torch or device.
+std::shared_ptr<Runner> load_package_runner(const std::string& path, c10::Device device);
 
 }  // namespace reprise

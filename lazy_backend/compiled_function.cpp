@@ -414,7 +414,7 @@ PlanPtr Function::plan_of(Entry& entry, const FunctionTrace& run, const Pack& ar
         plan->inputs.push_back({Kind::kScalar, input.index});
         at::Tensor number = empty_tensor(input.geometry, sizeof(double), c10::kCPU);
         *static_cast<double*>(number.mutable_data_ptr()) = run.scalars[input.index];
-        plan->constants[k] = std::move(number);
+        plan->constants[k] = number.to(backing_device_of(program.device_index));
         break;
       }
       case ProgramInput::Kind::kNumber: {

@@ -27,12 +27,15 @@ struct DeviceType final : BackendDeviceType {
   }
 };
 
-c10::DeviceType choose_backing() {
-  if (const char* wanted = std::getenv("REPRISE_BACKING")) {
-    const c10::Device device{std::string(wanted)};
-    return device.type();
-  }
+c10::Device choose_backing() {
+  if (const char* wanted = std::getenv("REPRISE_BACKING")) return c10::Device(std::string(wanted));
   return at::hasCUDA() && at::detail::getCUDAHooks().deviceCount() > 0 ? c10::kCUDA : c10::kCPU;
+}
+
+/// The lazy device that a thread begins with.
+c10::DeviceIndex first_index() {
+  static const auto index = std::max<c10::DeviceIndex>(choose_backing().index(), 0);
+  return index;
 }
 
 /// The lazy tensor core asks a backend for much that belongs to its own graph
@@ -44,7 +47,7 @@ c10::DeviceType choose_backing() {
 
 class Backend final : public torch::lazy::BackendImplInterface {
  public:
-  Backend() : type_(std::make_shared<DeviceType>(choose_backing())) {}
+  Backend() : type_(std::make_shared<DeviceType>(choose_backing().type())) {}
 
   void PrepareToExit() const override {}
   void SetRngSeed(size_t) const override {}
@@ -151,7 +154,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
  private:
   static thread_local c10::DeviceIndex current_;
 };
-thread_local c10::DeviceIndex Guard::current_ = 0;
+thread_local c10::DeviceIndex Guard::current_ = first_index();
 
 C10_REGISTER_GUARD_IMPL(Lazy, Guard)
 
@@ -170,7 +173,11 @@ const Registration registration;
 c10::Device backing_device_of(c10::DeviceIndex index) {
   const c10::DeviceType type = backend().backing();
   return type == c10::kCPU ? c10::Device(c10::kCPU)
-                           : c10::Device(type, index < 0 ? 0 : index);
+                           : c10::Device(type, lazy_index(index));
+}
+
+c10::DeviceIndex lazy_index(c10::DeviceIndex index) {
+  return index < 0 ? Guard().getDevice().index() : index;
 }
 
 c10::DispatchKeySet backing_key_set(c10::Device device) {

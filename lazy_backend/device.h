@@ -15,6 +15,9 @@ namespace reprise {
 /// The device of the tensors that stand behind `lazy:index`.
 c10::Device backing_device_of(c10::DeviceIndex index);
 
+/// The calling thread's current device where `index` is -1, as in `torch::kLazy`.
+c10::DeviceIndex lazy_index(c10::DeviceIndex index);
+
 /// The dispatch keys of a plain tensor on a backing device.
 c10::DispatchKeySet backing_key_set(c10::Device device);
 

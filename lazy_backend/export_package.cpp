@@ -215,6 +215,9 @@ void export_function(Pack&& pack, Body body, const std::string& path, const Expo
   TORCH_CHECK_VALUE(options.input_names.empty() || options.input_names.size() == arguments.size(),
                     "reprise: export_package: ", options.input_names.size(), " names for ",
                     arguments.size(), " tensors");
+  TORCH_CHECK_VALUE(!options.target || options.target->device == "cuda",
+                    "reprise: export_package: nothing can be compiled for another device than "
+                    "cuda, and '", options.target->device, "' was named");
   TORCH_CHECK(!Session::current().in_function(), "reprise: export_package within a compiled function");
   const c10::AutoGradMode no_grad(false);
   const Exported exported = trace_once(arguments, body);
@@ -249,10 +252,15 @@ void export_function(Pack&& pack, Body body, const std::string& path, const Expo
              (options.input_names.empty() ? "input_" + std::to_string(k) : options.input_names[k]);
   }
   constexpr std::string_view kHeader = "{\"format\":1,";
+  if (options.target) {
+    trace.insert(kHeader.size(), "\"target\":" + json_text(options.target->architecture) + ",");
+  }
   trace.insert(kHeader.size(), "\"export\":{\"arguments\":[" + numbers + "],\"weights\":" +
                                    json_text(weights_file.path()) + ",\"metadata\":{\"inputs\":" +
                                    json_text(names) + ",\"symbols\":" + json_text(text_of(marks)) + "}},");
   CompileQueue::get().compile_package(trace, file);
+
+  if (options.target) return;
 
   // It gives what the function gave.
   std::vector<at::Tensor> inputs;

@@ -31,6 +31,8 @@ Statistics statistics() {
   s.programs_checked = m.programs_checked.value();
   s.program_failures = m.program_failures.value();
   s.programs_demoted = m.programs_demoted.value();
+  s.cuda_graphs = m.cuda_graphs.value();
+  s.cuda_graph_replays = m.cuda_graph_replays.value();
   return s;
 }
 

@@ -23,7 +23,8 @@ class Counter {
 struct Metrics {
   Counter ops_recorded, ops_verified, ops_inferred, segments_recorded, segments_interpreted,
       segments_replayed, segments_forgotten, mismatches, programs_requested, programs_compiled,
-      programs_loaded, programs_shared, compile_failures, programs_checked, program_failures, programs_demoted;
+      programs_loaded, programs_shared, compile_failures, programs_checked, program_failures, programs_demoted,
+      cuda_graphs, cuda_graph_replays;
 };
 Metrics& metrics();
 

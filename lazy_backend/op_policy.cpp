@@ -63,6 +63,8 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
       {"aten::randint_like.low_dtype", {.randomness = Randomness::kCreates}},
       {"aten::bernoulli.p", {.randomness = Randomness::kCreates, .constant_floats = true}},
       {"aten::normal_functional", {.randomness = Randomness::kCreates, .constant_floats = true}},
+      {"reprise::dropout_mask",
+       {.kind = Kind::kTrace, .randomness = Randomness::kCreates, .constant_floats = true}},
       {"aten::normal.float_float",
        {.randomness = Randomness::kCreates, .constant_floats = true}},
 
@@ -74,6 +76,9 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
       // AOTInductor hands an empty list of batch sizes to it as None.
       {"aten::mkldnn_rnn_layer", {.kind = Kind::kLeave}},
       {"aten::mkldnn_rnn_layer_backward", {.kind = Kind::kLeave}},
+      // Its kernels are one launch for many steps; nothing is to be fused with them.
+      {"aten::_cudnn_rnn", {.kind = Kind::kLeave}},
+      {"aten::_cudnn_rnn_backward", {.kind = Kind::kLeave}},
       {"aten::_pack_padded_sequence", {.kind = Kind::kLeave, .host_tensors = true}},
       {"aten::_ctc_loss", {.host_tensors = true}},
 
@@ -118,6 +123,13 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
        {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 3}},
       {"aten::_scaled_dot_product_efficient_attention",
        {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 5}},
+      {"aten::_scaled_dot_product_cudnn_attention",
+       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 5}},
+      // These draw what the forward pass drew, from the seed that it returned.
+      {"aten::_scaled_dot_product_efficient_attention_backward",
+       {.kind = Kind::kTrace, .constant_floats = true}},
+      {"aten::_scaled_dot_product_cudnn_attention_backward",
+       {.kind = Kind::kTrace, .constant_floats = true}},
   };
   return *table;
 }

@@ -31,6 +31,8 @@ Options from_environment() {
   Options options;
   read("REPRISE_COMPILE", options.compile);
   read("REPRISE_DEMOTE", options.demote_slow_programs);
+  read("REPRISE_CUDA_GRAPHS", options.cuda_graphs);
+  read("REPRISE_MOST_CUDA_GRAPHS", options.most_cuda_graphs);
   read("REPRISE_FIND_STEPS", options.find_steps);
   read("REPRISE_DYNAMIC_SHAPES", options.dynamic_shapes);
   read("REPRISE_COMPILE_AFTER", options.compile_after_ops);

@@ -127,7 +127,7 @@ void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
                     torch::jit::Stack* stack, bool at_once) {
   const auto arguments = call_arguments(op, *stack);
   const size_t count = arguments.size();
-  c10::DeviceIndex index = 0;
+  c10::DeviceIndex index = lazy_index(-1);
   bool to_lazy = false, explicit_device = false;
   if (how.device_argument >= 0) {
     const c10::IValue& device = arguments[static_cast<size_t>(how.device_argument)];
@@ -207,11 +207,8 @@ void Session::allocate(const c10::OperatorHandle& op, const OpPolicy& how,
                        torch::jit::Stack* stack) {
   const size_t base = stack->size() - op.schema().arguments().size();
   c10::IValue& device = (*stack)[base + static_cast<size_t>(how.device_argument)];
-  c10::DeviceIndex index = 0;
-  if (device.isDevice()) {
-    index = std::max<c10::DeviceIndex>(device.toDevice().index(), 0);
-    device = backing_device_of(index);
-  }
+  const c10::DeviceIndex index = lazy_index(device.isDevice() ? device.toDevice().index() : -1);
+  device = backing_device_of(index);
   const BelowUserModes below;
   op.callBoxed(stack);
   stack->back() = wrap_new(stack->back().toTensor(), index);

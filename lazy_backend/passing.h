@@ -86,7 +86,7 @@ class Passing {
   at::Tensor wrapped(at::Tensor result, bool several = false) {
     if (!result.defined()) return result;
     if (C10_UNLIKELY(is_of_other_layout(result))) {
-      return wrap_other_layout(result, std::max<c10::DeviceIndex>(index_, 0));
+      return wrap_other_layout(result, lazy_index(index_));
     }
     for (const Pair& pair : pairs_) {
       if (pair.backing.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl() !=
@@ -97,7 +97,7 @@ class Passing {
                   pair.lazy->key_set());
     }
     at::Tensor lazy =
-        wrap_new(result, std::max<c10::DeviceIndex>(index_, 0), /*keep=*/!several);
+        wrap_new(result, lazy_index(index_), /*keep=*/!several);
     if (C10_UNLIKELY(several)) {  // another result may share its storage
       pairs_.push_back({lazy.unsafeGetTensorImpl(), std::move(result)});
       made_.push_back(lazy);

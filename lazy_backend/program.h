@@ -20,7 +20,7 @@ namespace reprise {
 struct ProgramInput {
   enum class Kind : uint8_t {
     kSlot,    ///< the storage in `index`, seen through `geometry`
-    kScalar,  ///< dynamic scalar number `index`, as a 0-dim float64 CPU tensor
+    kScalar,  ///< dynamic scalar number `index`, as a 0-dim float64 tensor
     kRandom,  ///< the random numbers of step `index`
     kNumber,  ///< an integer that only the size of `geometry` says: it has no elements in memory
   };
@@ -66,6 +66,8 @@ class Runner {
  public:
   virtual ~Runner() = default;
   virtual std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) = 0;
+  /// How it runs, for `explain()`; empty where there is nothing to say.
+  virtual std::string about() const { return ""; }
 };
 
 struct Program {

@@ -1,5 +1,6 @@
 #include "lazy_backend/program_check.h"
 
+#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -105,13 +106,26 @@ bool close(const at::Tensor& actual, const at::Tensor& expected, const at::Tenso
          differences(actual, expected, {}, tolerance.elements, absolute).limit_exceeded <= 0;
 }
 
+/// Matrix products and convolutions may round their factors to TF32.
+bool rounds_to_tf32(const std::vector<StepPtr>& steps, c10::Device device) {
+  if (!device.is_cuda()) return false;
+  const auto& context = at::globalContext();
+  const bool products = context.allowTF32CuBLAS(), convolutions = context.allowTF32CuDNN();
+  return std::any_of(steps.begin(), steps.end(), [&](const StepPtr& step) {
+    const std::string_view name = step->op.schema().name();
+    const bool convolution = name.find("conv") != std::string_view::npos ||
+                             name.find("_rnn") != std::string_view::npos;
+    return convolution ? convolutions : products && name.find("mm") != std::string_view::npos;
+  });
+}
+
 /// The distance from 1 to the next number; 0 where there are no fractions.
-double unit_of(c10::ScalarType dtype) {
+double unit_of(c10::ScalarType dtype, bool tf32) {
   switch (c10::toRealValueType(dtype)) {
     case c10::kDouble:
       return 0x1p-52;
     case c10::kFloat:
-      return 0x1p-23;
+      return tf32 ? 0x1p-10 : 0x1p-23;
     case c10::kHalf:
       return 0x1p-10;
     case c10::kBFloat16:
@@ -137,8 +151,7 @@ bool leaves_uninitialized(const Step& step) {
 
 /// Multiplies each element by one plus a few units in the last place. Returns the largest
 /// magnitude that was there.
-double disturb(const at::Tensor& tensor, uint32_t seed) {
-  const double unit = unit_of(tensor.scalar_type());
+double disturb(const at::Tensor& tensor, double unit, uint32_t seed) {
   if (unit == 0 || !tensor.is_non_overlapping_and_dense()) return 0;
   double largest = 0;
   for_each_piece(tensor, [&](const at::Tensor& piece) {
@@ -166,7 +179,9 @@ struct ProgramCheck::Value {
 };
 
 ProgramCheck::ProgramCheck(Program& program, Segment& segment)
-    : program_(program), scratch_(std::move(program.scratch)) {
+    : program_(program),
+      tf32_(rounds_to_tf32(program.steps, backing_device_of(program.device_index))),
+      scratch_(std::move(program.scratch)) {
   const size_t nbytes = scratch_bytes(program.steps, program.live, segment);
   if (!scratch_ || scratch_->nbytes() < nbytes) scratch_ = std::make_shared<Scratch>(nbytes);
   for (const ProgramInput& input : program_.inputs) {
@@ -271,7 +286,7 @@ const ProgramCheck::Value* ProgramCheck::differing(bool with_noise) const {
   for (const Value& value : values_) {
     // Beside what disturbed values show there is what an op loses inside, where a
     // softmax of nearly 1 is taken from 1, say: units of the largest number there is.
-    const double lost = unit_of(value.geometry.dtype) * largest_;
+    const double lost = unit_of(value.geometry.dtype, tf32_) * largest_;
     const double allowed = with_noise ? 8 * (value.noise + lost) : 0;
     if (!close(value.program, value.interpreter, value.before, allowed)) return &value;
   }
@@ -315,7 +330,7 @@ void ProgramCheck::measure_noise() {
   for (size_t slot = 0; slot < inputs_.size(); ++slot) {
     if (!inputs_[slot].defined()) continue;
     const at::Tensor copy = scratch.park(inputs_[slot]).to(device);
-    disturb(copy, seed_ += kApart);
+    disturb(copy, unit_of(copy.scalar_type(), tf32_), seed_ += kApart);
     storages[slot] = copy.storage();
   }
   std::vector<at::Tensor> random;
@@ -325,7 +340,8 @@ void ProgramCheck::measure_noise() {
   }
   const auto disturb_made = [&](const Step& step, uint32_t, const at::Tensor& tensor) {
     if (leaves_uninitialized(step)) return;
-    largest_ = std::max(largest_, disturb(tensor, seed_ += kApart));
+    const double unit = unit_of(tensor.scalar_type(), tf32_);
+    largest_ = std::max(largest_, disturb(tensor, unit, seed_ += kApart));
   };
   run_steps(program_.steps, scalars_, storages, random,
             [&](const Step& step, uint32_t slot, const at::Tensor& tensor) {

@@ -53,6 +53,7 @@ class ProgramCheck {
   at::Tensor input(uint32_t slot, const Segment& segment) const;
 
   Program& program_;
+  const bool tf32_;
   std::shared_ptr<Scratch> scratch_;
   std::unordered_map<uint32_t, c10::ScalarType> dtypes_;  ///< of inputs
   std::vector<Value> values_;

@@ -1,6 +1,8 @@
 #include "lazy_backend/program_run.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 
@@ -10,11 +12,37 @@
 namespace reprise {
 namespace {
 
-/// Dynamic scalar `k` as a program takes it.
+constexpr auto kNumbers = c10::kDouble;
+/// Programs take for granted that their inputs begin at a multiple of 16 bytes.
+constexpr int64_t kApart = 2;
+
+/// Brings the dynamic scalars to a GPU, with one copy.
+void upload_scalars(Segment& segment, c10::Device device) {
+  ScalarTensors& on = segment.scalar_tensors;
+  const ScalarValues& values = segment.scalars;
+  const auto stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).id();
+  const auto size = static_cast<int64_t>(values.size()) * kApart;
+  if (!on.device.defined() || on.device.size(0) != size || on.device.device() != device) {
+    on.host = at::empty({size}, at::TensorOptions().dtype(kNumbers)).zero_();
+    on.device = at::empty({size}, on.host.options().device(device));
+    on.each.clear();
+    for (int64_t k = 0; k < size; k += kApart) on.each.push_back(on.device.select(0, k));
+    on.values.clear();
+  }
+  if (on.values == values && on.stream == stream) return;
+  auto* numbers = static_cast<double*>(on.host.mutable_data_ptr());
+  for (size_t k = 0; k < values.size(); ++k) numbers[k * kApart] = values[k];
+  // From memory that is not pinned: it may be written again when this returns.
+  on.device.copy_(on.host, /*non_blocking=*/true);
+  on.values = values;
+  on.stream = stream;
+}
+
+/// Dynamic scalar `k` as a program for the CPU takes it.
 at::Tensor scalar_input(Segment& segment, size_t k) {
-  auto& tensors = segment.scalar_tensors;
+  auto& tensors = segment.scalar_tensors.each;
   while (tensors.size() <= k) {
-    tensors.push_back(at::empty_strided({}, {}, at::TensorOptions().dtype(c10::kDouble)));
+    tensors.push_back(at::empty_strided({}, {}, at::TensorOptions().dtype(kNumbers)));
   }
   *static_cast<double*>(tensors[k].mutable_data_ptr()) = segment.scalars[k];
   return tensors[k];
@@ -92,6 +120,8 @@ std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots
                                Segment& segment, const std::vector<at::Tensor>& random) {
   std::vector<at::Tensor> inputs;
   inputs.reserve(program.inputs.size());
+  const c10::Device device = backing_device_of(program.device_index);
+  if (!device.is_cpu() && !segment.scalars.empty()) upload_scalars(segment, device);
   size_t next_random = 0;
   for (size_t k = 0; k < program.inputs.size(); ++k) {
     const ProgramInput& input = program.inputs[k];
@@ -100,7 +130,8 @@ std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots
         inputs.push_back(slots[k]);
         break;
       case ProgramInput::Kind::kScalar:
-        inputs.push_back(scalar_input(segment, input.index));
+        inputs.push_back(device.is_cpu() ? scalar_input(segment, input.index)
+                                         : segment.scalar_tensors.each[input.index]);
         break;
       case ProgramInput::Kind::kRandom:
         inputs.push_back(random[next_random++]);

@@ -18,8 +18,8 @@ void mark_step() { Session::current().mark_step("mark_step()"); }
 
 void sync() {
   mark_step();
-  const c10::Device device = backing_device_of(0);
-  if (!device.is_cpu()) c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(0);
+  const c10::Device device = backing_device_of(-1);
+  if (!device.is_cpu()) c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
 }
 
 void wait_for_compiles() { CompileQueue::get().wait_until_idle(); }

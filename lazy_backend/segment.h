@@ -18,6 +18,14 @@
 
 namespace reprise {
 
+/// Dynamic scalars as 0-dim float64 tensors. On a GPU they lie in one buffer.
+struct ScalarTensors {
+  std::vector<at::Tensor> each;
+  at::Tensor host, device;   ///< the buffer, and what it is filled from
+  ScalarValues values;       ///< that are there
+  c10::StreamId stream = 0;  ///< on which they were brought there
+};
+
 class Segment {
  public:
   Segment() = default;
@@ -102,7 +110,7 @@ class Segment {
     bindings_.swap(other.bindings_);
     scalars.swap(other.scalars);
     random.swap(other.random);
-    scalar_tensors.swap(other.scalar_tensors);
+    std::swap(scalar_tensors, other.scalar_tensors);
     std::swap(epoch_, other.epoch_);
     std::swap(session_id_, other.session_id_);
     std::swap(session_, other.session_);
@@ -117,9 +125,8 @@ class Segment {
   /// called, not when the segment runs, so that they are eager's also where the
   /// host draws from the same generator in between.
   std::vector<at::Tensor> random;
-  /// 0-dim float64 CPU tensors by which programs are given the scalars; kept from
-  /// launch to launch.
-  std::vector<at::Tensor> scalar_tensors;
+  /// By which programs are given the scalars; kept from launch to launch.
+  ScalarTensors scalar_tensors;
 
  private:
   struct Binding {

@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <dlfcn.h>
 #include <execinfo.h>
@@ -13,6 +15,7 @@
 #include <mutex>
 #include <sstream>
 #include <string_view>
+#include <thread>
 
 #include "compiler_bridge/compile_queue.h"
 #include "lazy_backend/below_user_modes.h"
@@ -84,7 +87,7 @@ c10::DeviceIndex device_index_of(c10::ArrayRef<c10::IValue> values, const OpPoli
     const c10::IValue& device = values[static_cast<size_t>(policy.device_argument)];
     if (device.isDevice()) index = device.toDevice().index();
   }
-  return std::max<c10::DeviceIndex>(index, 0);
+  return lazy_index(index);
 }
 
 /// Whether a call becomes a step, given where its tensors live.
@@ -102,7 +105,7 @@ bool is_traced(const OpPolicy& how, c10::ArrayRef<c10::IValue> arguments) {
       const c10::IValue& device = arguments[static_cast<size_t>(how.device_argument)];
       return is_lazy(from) && (device.isNone() || device.toDevice() == from.device() ||
                                (device.toDevice().is_lazy() && !device.toDevice().has_index() &&
-                                from.device().index() == 0));
+                                from.device().index() == lazy_index(-1)));
     }
     default:
       return false;
@@ -120,6 +123,11 @@ struct ThreadExit {
 };
 
 Session& Session::attach() {
+  // The streams of this thread must outlive its last step: thread-locals are destroyed in the
+  // reverse order of their construction.
+  if (const c10::Device device = backing_device_of(-1); !device.is_cpu()) {
+    c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+  }
   static thread_local ThreadExit exit;
   Sessions& registry = sessions();
   const std::lock_guard guard(registry.mutex);
@@ -149,7 +157,7 @@ void Session::detach(Session* session) {
       write_exit_report();
       session->discard();
     } else {
-      session->mark_step("the thread ended");
+      session->end_with_its_thread();
     }
   } catch (const std::exception& error) {
     TORCH_WARN("reprise: a pending step failed when its thread ended: ", error.what());
@@ -159,6 +167,28 @@ void Session::detach(Session* session) {
   Sessions& registry = sessions();
   const std::lock_guard guard(registry.mutex);
   registry.idle.push_back(session);
+}
+
+void Session::end_with_its_thread() {
+  constexpr const char* kReason = "the thread ended";
+  const c10::Device device = backing_device_of(-1);
+  if (device.is_cpu()) return mark_step(kReason);
+  // What libtorch keeps for each thread to work on a GPU, handles of libraries among it, may
+  // be gone already, but for the streams: see `attach`.
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+  std::exception_ptr error;
+  std::thread helper([&] {
+    try {
+      const c10::StreamGuard guard(stream);
+      current_session_ = this;
+      mark_step(kReason);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    current_session_ = nullptr;
+  });
+  helper.join();
+  if (error) std::rethrow_exception(error);
 }
 
 std::vector<Session*> Session::all() {
@@ -1009,6 +1039,9 @@ void Session::explain(std::string& out) {
                         "\n");
         if (!program->reason.empty()) out += "    " + program->reason + "\n";
         if (!program->symbols.empty()) out += "    over symbols: " + program->symbols + "\n";
+        if (const std::string about = program->runner->about(); !about.empty()) {
+          out += "    " + about + "\n";
+        }
         if (program->shared != nullptr && !program->shared->guards.empty()) {
           out += "    where " + program->shared->guards + "\n";
         }

@@ -117,6 +117,7 @@ class Session final : private GuardListener {
   explicit Session(uint32_t id) : id_(id) {}
   static Session& attach();
   static void detach(Session* session);
+  void end_with_its_thread();
   friend struct ThreadExit;
 
   void note_guard(const Expression& condition) override;

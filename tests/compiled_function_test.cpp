@@ -321,6 +321,7 @@ TEST_F(Functions, DifferentiableResultsAreRightAndSaid) {
   torch::nn::Linear eager(3, 3), lazy(3, 3);
   {
     torch::NoGradGuard no_grad;
+    eager->to(eager_device());
     lazy->to(torch::kLazy);
     lazy->weight.copy_(eager->weight.to(torch::kLazy));
     lazy->bias.copy_(eager->bias.to(torch::kLazy));

@@ -1,4 +1,5 @@
 // Packages for programs that have neither Python nor Reprise.
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/torch.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
@@ -25,9 +26,14 @@ class Exports : public LazySizes {
   std::filesystem::path folder_;
 };
 
+Tensors on_device(Tensors tensors, torch::Device device) {
+  for (torch::Tensor& tensor : tensors) tensor = tensor.to(device);
+  return tensors;
+}
+
 Tensors run(const std::string& path, const Tensors& inputs) {
   torch::inductor::AOTIModelPackageLoader loader(path);
-  return loader.run(inputs);
+  return loader.run(on_device(inputs, eager_device()));
 }
 
 template <class Call>
@@ -55,7 +61,7 @@ TEST_F(Exports, AModuleWithItsWeights) {
   for (auto& parameter : net->parameters()) parameter.zero_();  // the package has its own
   expect_close(run(path("net.pt2"), {x}).at(0), expected, 50);
   const auto y = torch::randn({5, 6});
-  EXPECT_FALSE(torch::allclose(run(path("net.pt2"), {y}).at(0), expected));
+  EXPECT_FALSE(torch::allclose(run(path("net.pt2"), {y}).at(0).cpu(), expected));
 }
 
 TEST_F(Exports, MarkedSizesMayBeOthers) {
@@ -77,7 +83,7 @@ TEST_F(Exports, MarkedSizesMayBeOthers) {
   torch::inductor::AOTIModelPackageLoader loader(path("gpt.pt2"));
   for (const auto& [tokens, logits] : samples) {
     SCOPED_TRACE(c10::str(tokens.sizes()));
-    expect_close(loader.run({tokens}).at(0), logits, 100);
+    expect_close(loader.run({tokens.to(eager_device())}).at(0), logits, 100);
   }
   EXPECT_EQ(loader.get_metadata().at("inputs"), "tokens");
   EXPECT_NE(loader.get_metadata().at("symbols").find("length (0 to 32)"), std::string::npos);
@@ -113,6 +119,31 @@ TEST_F(Exports, RunInStockPython) {
       "    (y,) = package(torch.ones(rows, 3))\n"
       "    assert torch.equal(y, torch.full((rows, 3), 5.0)), y\n";
   EXPECT_EQ(std::system((std::string(python) + " -c \"" + script + "\"").c_str()), 0);
+}
+
+TEST_F(Exports, ForAGpuThatIsNotThere) {
+  if (!c10::impl::hasDeviceGuardImpl(c10::kCUDA)) GTEST_SKIP() << "torch was built without CUDA, and brings no Triton";
+  torch::manual_seed(0);
+  cpp_models::Gpt model(cpp_models::GptOptions{.vocabulary = 11, .context = 32, .width = 16, .heads = 2,
+                                               .layers = 1, .attention = cpp_models::Attention::kFused});
+  model->eval();
+  torch::NoGradGuard no_grad;
+  model->to(torch::kLazy);
+  auto example = torch::randint(11, {2, 8}, torch::kLong).to(torch::kLazy);
+  mark_dynamic(example, 1, {.name = "length", .most = 32});
+  export_package(model, std::tuple(example), path("gpt.pt2"),
+                 {.target = CompileTarget{.architecture = "sm_90"}});
+  const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path("gpt.pt2"), "model");
+  EXPECT_EQ(metadata.at("AOTI_DEVICE_KEY"), "cuda");
+  EXPECT_EQ(metadata.at("AOTI_COMPUTE_CAPABILITY"), "90");
+  EXPECT_EQ(model->forward(example).sizes(), torch::IntArrayRef({2, 8, 11}));  // the program goes on
+
+  const auto none = [&](CompileTarget target) {
+    export_package(model, std::tuple(example), path("none.pt2"), {.target = target});
+  };
+  expect_error([&] { none({.architecture = "sm_12"}); }, "'sm_12'; known are sm_80, A100");
+  expect_error([&] { none({.device = "xpu"}); }, "another device than cuda, and 'xpu' was named");
+  EXPECT_FALSE(std::filesystem::exists(path("none.pt2")));
 }
 
 TEST_F(Exports, WhatCannotBeExportedIsSaid) {

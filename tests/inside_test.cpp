@@ -1,4 +1,5 @@
 // Looking inside: counters, explanations, dumps; and the compile queue.
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/lazy/core/metrics.h>
 
 #include "reprise/reprise.h"
@@ -131,6 +132,19 @@ TEST_F(Compile, AFailureIsCountedExplainedAndStaysInterpreted) {
     EXPECT_TRUE(names(explain(), "failed: "));
     EXPECT_EQ(did.segments_replayed, 0u);
   }
+}
+
+TEST_F(Compile, BackwardPassesStayWithLibtorchsEngine) {
+  begin_test(/*compile=*/true);
+  const auto x = random(torch::kLazy, {7, 3});
+  for (int k = 0; k < 5; ++k) {  // compiled by an embedded Python, if not loaded
+    const auto y = torch::erf(x * 3 + 1);
+    mark_step();
+    wait_for_compiles();
+    EXPECT_TRUE(y.defined());
+  }
+  using torch::autograd::Engine;
+  EXPECT_EQ(&Engine::get_default_engine(), &Engine::get_base_engine());
 }
 
 TEST_F(Compile, NothingIsCompiledThatIsNotWorthIt) {

@@ -70,7 +70,7 @@ TEST_F(Programs, AModelSavedFromTheHostIsLoadedOnTheDevice) {
   const auto x = random(torch::kCPU, {3, 4});
   host->eval();
   lazy->eval();
-  expect_same_bits(lazy->forward(x.to(torch::kLazy)), host->forward(x).to(eager_device()));
+  expect_close(lazy->forward(x.to(torch::kLazy)), host->forward(x), eager_device().is_cpu() ? 0 : 10);
 }
 
 TEST_F(Programs, TensorsAreSavedAndLoaded) {

@@ -243,6 +243,7 @@ TEST_F(SymbolicSizes, PlainNumbersAreGuessed) {
 // Where nothing explains it, a size is fixed; the program is right all the same.
 TEST_F(SymbolicSizes, AFixedSizeIsSaidInExplain) {
   const auto w = random(torch::kLazy, {6, 8});
+  mark_step();  // ops are counted from a step's beginning
   for (int round = 0; round < 4; ++round) {
     auto x = batch(torch::kLazy, {6, 8});
     mark_dynamic(x, 0, {.name = "rows"});

@@ -2,6 +2,7 @@
 /// Compiled packages for programs that have neither Python nor Reprise.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -12,10 +13,21 @@
 
 namespace reprise {
 
+/// A device that a package is made for, and that need not be there.
+struct CompileTarget {
+  std::string device = "cuda";  ///< no other can be named
+  /// `sm_80`, `sm_89`, `sm_90`, `sm_100`, or a GPU: `A100`, `RTX 4090`, `L4`, `H100`, `H200`,
+  /// `B200`. The package runs on every GPU of the architecture, and is tuned for the one named.
+  std::string architecture = "";
+};
+
 struct ExportOptions {
   /// Names of the tensors among the arguments, in order; written into the package's metadata
   /// and used in messages. Empty: `input_0` and so on.
-  std::vector<std::string> input_names;
+  std::vector<std::string> input_names = {};
+  /// Empty: the backing device. Needs Triton, which comes with a torch that was built with
+  /// CUDA; neither GPU nor driver. What has been made is not run then.
+  std::optional<CompileTarget> target = std::nullopt;
 };
 
 namespace detail {
@@ -60,7 +72,7 @@ REPRISE_API void export_function(Pack&& arguments,
 
 /// Runs a function or a module once on the example arguments, whose tensors are lazy, and
 /// writes what it did to `path` (`.pt2`, replaced whole or not at all) as an AOTInductor
-/// package for the backing device. Tensors that it uses beside its arguments go in as
+/// package for the backing device, or for another (`options.target`). Tensors that it uses beside its arguments go in as
 /// weights, with the values that they have now.
 ///
 /// The package runs in any program that links libtorch of the same version

@@ -28,6 +28,8 @@ struct Statistics {
   uint64_t programs_checked = 0;      ///< programs whose first run gave the interpreter's values
   uint64_t program_failures = 0;      ///< programs that threw, or gave other values or tensors
   uint64_t programs_demoted = 0;      ///< measured slower than the interpreter
+  uint64_t cuda_graphs = 0;           ///< programs whose launches were captured
+  uint64_t cuda_graph_replays = 0;
 };
 REPRISE_API Statistics statistics();
 
@@ -50,6 +52,8 @@ void for_each_statistic(const Statistics& s, const Visit& visit) {
   visit("programs_checked", s.programs_checked);
   visit("program_failures", s.program_failures);
   visit("programs_demoted", s.programs_demoted);
+  visit("cuda_graphs", s.cuda_graphs);
+  visit("cuda_graph_replays", s.cuda_graph_replays);
 }
 
 /// `torch::lazy`'s metric report with Reprise's counters and times in it.

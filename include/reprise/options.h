@@ -28,6 +28,14 @@ struct Options {
   /// third of them is met. `REPRISE_DYNAMIC_SHAPES=0|1`.
   bool dynamic_shapes = true;
 
+  /// On a GPU, replay programs as CUDA graphs where they can be captured.
+  /// `REPRISE_CUDA_GRAPHS=0|1`.
+  bool cuda_graphs = true;
+
+  /// How many CUDA graphs there are at most. Each keeps the memory of its results.
+  /// `REPRISE_MOST_CUDA_GRAPHS`.
+  int64_t most_cuda_graphs = 256;
+
   /// Find the steps of programs that call no `mark_step`.
   /// `REPRISE_FIND_STEPS=0|1`.
   bool find_steps = true;

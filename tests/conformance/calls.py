@@ -38,9 +38,9 @@ class Outcome:
 
 
 def error_text(error: BaseException) -> str:
-    """Type and first line, with the lazy device named as the CPU."""
+    """Type and first line, with every device named alike."""
     lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: " + re.sub(r"\blazy(:0)?\b", "cpu", lines[0])
+    return f"{type(error).__name__}: " + re.sub(r"\b(lazy|cuda|cpu)(:0)?\b", "cpu", lines[0])
 
 
 class Call:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import torch
+import values
 from calls import Call, Outcome, difference, error_text
 from opinfo import Group
 from ways import COMPILED, Difference, differs, mark_step, run_marked, since, statistics
@@ -15,7 +16,7 @@ def stays_in_a_segment(call: Call) -> bool:
     """Whether all that the call does on the lazy device is steps of one segment."""
     torch.ops.reprise.forget_traces()
     try:
-        eager = call.run("cpu")
+        eager = call.run(values.EAGER)
         execute = call.prepare("lazy")
     except Exception:  # which the recorded way reports
         return False
@@ -51,7 +52,7 @@ class Batch:
         self.not_compiled: list[dict[str, str]] = []
 
     def check(self, calls: list[Call]) -> None:
-        expected = [call.run("cpu") for call in calls]
+        expected = [call.run(values.EAGER) for call in calls]
         torch.ops.reprise.forget_traces()
         try:
             self._run(calls)  # recorded

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import values
 
 warnings.simplefilter("ignore")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA here: fine
@@ -127,7 +128,7 @@ def groups_of(op_index: int, kinds: list[str], dtypes: list[str]) -> list[Group]
     """How an op is called. No `dtypes` means all that the CPU supports; gradients
     are for float32 and float64."""
     op = op_db[op_index]
-    supported = sorted(dtype_name(dtype) for dtype in op.supported_dtypes("cpu"))
+    supported = sorted(dtype_name(dtype) for dtype in op.supported_dtypes(values.EAGER))
     chosen = [dtype for dtype in supported if not dtypes or dtype in dtypes]
     groups = []
     for dtype in chosen:

@@ -33,6 +33,7 @@ sys.path.insert(0, str(HERE))
 
 from exceptions import ListedException, read_exceptions  # noqa: E402
 from opinfo import COMPILED_DTYPES, FORWARD, KINDS, Group, groups_of, select_ops  # noqa: E402
+import values  # noqa: E402
 from ways import COMPILED, INTERPRETED, RECORDED, WAYS, Difference  # noqa: E402
 
 UNITS_OF_A_WORKER = 400  # what it has allocated and registered goes with it
@@ -43,7 +44,6 @@ SCOUTED_SAMPLES = 12
 
 # What options of the library the three ways need.
 ENVIRONMENT = {
-    "REPRISE_BACKING": "cpu",
     "REPRISE_FIND_STEPS": "0",
     "REPRISE_DEMOTE": "0",
     "REPRISE_COMPILE": "0",
@@ -329,8 +329,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--every", action="store_true",
                         help="print every differing sample, not two of a kind")
     parser.add_argument("--verbose", action="store_true", help="let workers print")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="the backing device, with whose eager results ours are compared")
     options = parser.parse_args()
     options.library = os.path.abspath(options.library)
+    values.EAGER = os.environ["REPRISE_BACKING"] = options.device  # the workers' too
     options.listed = read_exceptions(options.exceptions)
     return options
 

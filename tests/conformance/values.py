@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+
+# Where eager computes: the backing device of the lazy one.
+EAGER = os.environ.get("REPRISE_BACKING", "cpu")
 
 
 class Copier:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+import values
 from calls import Call, Outcome, difference, error_text
 
 RECORDED, INTERPRETED, COMPILED = "recorded", "interpreted", "compiled"
@@ -69,7 +70,7 @@ def repeats_itself(call: Call, expected: Outcome) -> bool:
     sizes = random.Random(0)
     for _ in range(1000):
         occupied.append(torch.empty(sizes.randrange(1, 12_000), dtype=torch.uint8))
-        if difference(call, call.run("cpu"), expected, exact=True) is not None:
+        if difference(call, call.run(values.EAGER), expected, exact=True) is not None:
             return False
     return True
 
@@ -79,7 +80,7 @@ def check(call: Call, ways: list[str], on_way: Callable[[str], None]) -> Differe
     records it, and twice more, which must verify and interpret it. `on_way` is told what
     comes next."""
     try:
-        expected = call.run("cpu")
+        expected = call.run(values.EAGER)
     except Exception as error:  # before the call proper
         return differs(call, RECORDED, f"the suite cannot make this call: {error_text(error)}")
     torch.ops.reprise.forget_traces()

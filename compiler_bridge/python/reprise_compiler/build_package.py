@@ -70,9 +70,22 @@ def options_for(program: TraceProgram) -> dict[str, Any]:
     0.59) and cost in training (0.89 against 0.75), where batch norm's and the
     weights' gradients go back and forth between layouts.
     """
+    if program.device.type != "cpu":
+        return {
+            "triton.autotune_at_compile_time": True,
+            # Decides by running both on the GPU.
+            "shape_padding": False,
+            # Values of weights that are only claimed to be there cannot be read.
+            "always_keep_tensor_constants": program.target is not None,
+        }
     backward = torch.ops.aten.convolution_backward.default
     trains = any(node.target is backward for node in program.module.graph.nodes)
     return {"layout_optimization": not trains}
+
+
+def _for_device(program: TraceProgram) -> contextlib.AbstractContextManager[None]:
+    on_cpu = program.device.type == "cpu"
+    return contextlib.nullcontext() if on_cpu else torch_patches.on_gpu(program.target)
 
 
 def fake_inputs(
@@ -87,13 +100,13 @@ def fake_inputs(
     what they are.
     """
     weights = any(True for _ in program.module.buffers())
-    if symbols is not None:
-        with FakeTensorMode(shape_env=symbols.shape_env, allow_non_fake_inputs=weights):
-            return program.make_inputs(symbols.values)
-    mode = FakeTensorMode(
-        shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=weights
-    )
-    return tuple(mode.from_tensor(t, static_shapes=True) for t in program.make_inputs([]))
+    shape_env = symbols.shape_env if symbols is not None else ShapeEnv()
+    with FakeTensorMode(
+        shape_env=shape_env, static_shapes=symbols is None, allow_non_fake_inputs=weights
+    ):
+        if program.target is not None:
+            torch_patches.claim_weights(program.module, program.device)
+        return program.make_inputs(symbols.values if symbols is not None else [])
 
 
 def _set_call_spec(program: TraceProgram) -> None:
@@ -150,16 +163,17 @@ class PackageBuilder:
             clock.lap("read_s")
             _set_call_spec(program)
             symbols = Symbols(program.hints) if program.hints else None
-            files = torch._inductor.aot_compile(
-                program.module,
-                fake_inputs(program, symbols),
-                options={
-                    **inductor_options(),
-                    **options_for(program),
-                    "aot_inductor.output_path": str(scratch),
-                    "aot_inductor.metadata": program.metadata,
-                },
-            )
+            with _for_device(program):
+                files = torch._inductor.aot_compile(
+                    program.module,
+                    fake_inputs(program, symbols),
+                    options={
+                        **inductor_options(),
+                        **options_for(program),
+                        "aot_inductor.output_path": str(scratch),
+                        "aot_inductor.metadata": program.metadata,
+                    },
+                )
             clock.lap("inductor_s")
             if symbols is not None:
                 _write_guards(symbols, output_path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.abc
 import importlib.util
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 
 def settle_in(cache_dir: str | None) -> None:
@@ -22,6 +25,45 @@ def settle_in(cache_dir: str | None) -> None:
     # It says on import that there is no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     _refuse_another_libtorch()
+    sys.meta_path.insert(0, _KeepTheHostsEngine())
+
+
+class _KeepTheHostsEngine(importlib.abc.MetaPathFinder):
+    """Leaves the host's backward passes to libtorch's own engine.
+
+    `import torch` makes Python's the one that C++ programs get as well
+    (torch/csrc/autograd/python_engine.cpp, torch 2.11): its threads want the GIL, which a
+    compile holds for seconds, and on a GPU their first backward pass after the import found
+    no queue for its device. Python itself asks for its engine by name.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "torch._C":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            stock = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                stock(module)
+                _use_libtorchs_engine(spec.origin)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def _use_libtorchs_engine(torch_c: str | None) -> None:
+    import ctypes  # not every Python has it
+
+    library = ctypes.CDLL(str(Path(torch_c or "").parent / "lib" / "libtorch_cpu.so"))
+    try:
+        use = library["_ZN5torch8autograd23set_default_engine_stubEPFRNS0_6EngineEvE"]
+        engine = library["_ZN5torch8autograd6Engine15get_base_engineEv"]
+    except AttributeError:
+        return  # another torch: its engine stays
+    use.argtypes, use.restype = [ctypes.c_void_p], None
+    use(ctypes.cast(engine, ctypes.c_void_p))
 
 
 def keep_what_is_loaded() -> None:

@@ -51,7 +51,15 @@ from .toolchain import MODEL_DECLARATION, Toolchain
 def applied(toolchain: Toolchain | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(_children.clear)
-        for owner, name, replacement in _patches(toolchain):
+        with in_force(_patches(toolchain)):
+            yield
+
+
+@contextlib.contextmanager
+def in_force(patches: Iterator[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Each patch: an object or a dict, a name in it, and what is there meanwhile."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in patches:
             if isinstance(owner, dict):
                 stack.callback(owner.__setitem__, name, owner[name])
                 owner[name] = replacement
@@ -59,6 +67,25 @@ def applied(toolchain: Toolchain | None) -> Iterator[None]:
                 stack.callback(setattr, owner, name, owner.__dict__[name])
                 setattr(owner, name, replacement)
         yield
+
+
+def claim_weights(module: torch.nn.Module, device: torch.device) -> None:
+    from . import gpu
+
+    gpu.claim_weights(module, device)
+
+
+@contextlib.contextmanager
+def on_gpu(target: str | None) -> Iterator[None]:
+    """Compiles for the GPU `target`, or for the machine's own, without running on it."""
+    from . import gpu
+
+    gpu.forget_devices()
+    try:
+        with in_force(gpu.patches(target)):
+            yield
+    finally:
+        gpu.forget_devices()
 
 
 def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:

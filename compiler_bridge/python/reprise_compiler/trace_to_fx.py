@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from . import device_scalars, retarget
 from .symbols import ExpressionError, evaluate
 
 FORMAT = 1
@@ -31,6 +32,7 @@ class TraceProgram:
     module: GraphModule
     inputs: list[dict[str, Any]]
     device: torch.device
+    target: str | None  # the GPU that is compiled for, where it is not the machine's own
     hints: list[int]  # an example value of each symbol
     numbers: int  # of the symbols, the last ones, that no size says
     output_count: int
@@ -56,12 +58,16 @@ def read_trace(trace_json: str) -> TraceProgram:
             f"trace format {trace.get('format')!r}, this compiler reads {FORMAT}"
         )
     export = trace.get("export")
-    builder = _GraphBuilder(trace)
+    retargeted = "target" in trace and trace["device"] == "cpu"
+    if retargeted:
+        trace["device"] = retarget.DEVICE
+    builder = _GraphBuilder(trace, retargeted)
     graph = builder.build()
     return TraceProgram(
         module=GraphModule(builder.root, graph),
         inputs=[trace["inputs"][k] for k in export["arguments"]] if export else trace["inputs"],
         device=torch.device(trace["device"]),
+        target=trace.get("target"),
         hints=trace.get("symbols", []),
         numbers=trace.get("numbers", 0),
         output_count=len(trace["outputs"]),
@@ -93,9 +99,6 @@ def example_input(spec: dict[str, Any], device: torch.device) -> torch.Tensor:
     address of the first element, and Inductor takes that for the storage's
     beginning (torch 2.11.0). `_GraphBuilder` sets what names an offset right.
     """
-    if spec["kind"] == "scalar":
-        # Not made of a number, which a fake tensor would keep and be folded to.
-        device = torch.device("cpu")
     dtype = torch_constant(spec["dtype"], torch.dtype)
     sizes, strides = spec["sizes"], spec["strides"]
     return torch.empty_strided(sizes, strides, dtype=dtype, device=device).zero_()
@@ -178,9 +181,17 @@ _VIEWS_AS_ANOTHER_DTYPE = {
 }
 
 
+@dataclass(frozen=True)
+class _NumberOnTheDevice:
+    """An argument that is the number in an input, a tensor on the GPU."""
+
+    input: int
+
+
 class _GraphBuilder:
-    def __init__(self, trace: dict[str, Any]) -> None:
+    def __init__(self, trace: dict[str, Any], retargeted: bool = False) -> None:
         self.trace = trace
+        self.retargeted = retargeted
         self.graph = Graph()
         self.values: dict[int, Node] = {}
         self.scalars: dict[int, Node] = {}
@@ -202,9 +213,11 @@ class _GraphBuilder:
         for k in export["arguments"]:
             self.values[k] = self.graph.placeholder(f"input_{k}")
         weights = torch.load(export["weights"], weights_only=True)
+        # Where there is no such device, they are moved when the package is loaded.
+        device = "cpu" if "target" in self.trace else self.trace["device"]
         others = [k for k in range(len(self.trace["inputs"])) if k not in self.values]
         for k, weight in zip(others, weights, strict=True):
-            self.root.register_buffer(f"weight_{k}", weight.to(self.trace["device"]))
+            self.root.register_buffer(f"weight_{k}", weight.to(device))
             self.values[k] = self.graph.get_attr(f"weight_{k}")
 
     def build(self) -> Graph:
@@ -217,13 +230,10 @@ class _GraphBuilder:
         for k in range(len(hints) - numbers, len(hints)):
             told = self.graph.placeholder(f"number_{k}")
             self.symbols[k] = self.graph.call_function(torch.ops.aten.sym_size.int, (told, 0))
-        # Read before the first step, so that a scalar is the input's value
-        # when the program was called, whatever the steps do.
-        for k, spec in enumerate(self.trace["inputs"]):
-            if spec["kind"] == "scalar":
-                self.scalars[k] = self.graph.call_function(
-                    torch.ops.aten._local_scalar_dense.default, (self.values[k],)
-                )
+        if torch.device(self.trace["device"]).type == "cpu":
+            for k, spec in enumerate(self.trace["inputs"]):
+                if spec["kind"] == "scalar":
+                    self.scalar(k)
         for index, step in enumerate(self.trace["steps"]):
             try:
                 self.add_step(step)
@@ -253,6 +263,10 @@ class _GraphBuilder:
             elif value is not None:
                 keywords[parameter.name] = value
         self.refuse_overlapping_writes(schema, positional, keywords)
+        if self.retargeted and (op := retarget.op_for_gpu(op)) is None:
+            raise TraceError("it runs on the CPU alone")
+        if isinstance(op, torch._ops.OpOverload):
+            op = self.with_numbers_on_the_device(op, positional, keywords)
         op = self.without_symbolic_branches(op, keywords)
         op = self.with_tensor_bounds(op, positional)
         self.rebase_as_strided(schema, positional)
@@ -291,6 +305,43 @@ class _GraphBuilder:
             )
         except ExpressionError as error:
             raise TraceError(str(error)) from None
+
+    def scalar(self, k: int) -> Node:
+        """The number that input `k` holds, as a symbol."""
+        if k not in self.scalars:
+            if k >= len(self.trace["inputs"]) or self.trace["inputs"][k]["kind"] != "scalar":
+                raise TraceError(f"input {k} is no scalar")
+            self.scalars[k] = self.graph.call_function(
+                torch.ops.aten._local_scalar_dense.default, (self.values[k],)
+            )
+        return self.scalars[k]
+
+    def with_numbers_on_the_device(
+        self, op: Any, positional: list[Any], keywords: dict[str, Any]
+    ) -> Any:
+        """On a GPU, dynamic scalars stay there: the op becomes one that takes a tensor. To
+        know the number, the host would have to wait for the GPU.
+        """
+        given = [*positional, *keywords.values()]
+        if not any(isinstance(value, _NumberOnTheDevice) for value in given):
+            return op
+        tensors = [v for v in given if isinstance(v, Node)]
+        function = device_scalars.function_of(op)
+
+        def resolved(value: Any) -> Any:
+            if not isinstance(value, _NumberOnTheDevice):
+                return value
+            if function is None or not tensors:
+                return self.scalar(value.input)
+            # The result has the dtype of the last tensor: `where` has its condition first.
+            return self.graph.call_function(
+                device_scalars.number, (self.values[value.input], tensors[-1 if function.last else 0])
+            )
+
+        positional[:] = [resolved(value) for value in positional]
+        for name, value in keywords.items():
+            keywords[name] = resolved(value)
+        return op if function is None or not tensors else function.target
 
     def without_symbolic_branches(self, op: Any, keywords: dict[str, Any]) -> Any:
         """`sub` branches on whether alpha is 1 (torch 2.11.0, _refs.sub), which a
@@ -397,9 +448,9 @@ class _GraphBuilder:
             case "value":
                 return self.value(content)
             case "scalar":
-                if content not in self.scalars:
-                    raise TraceError(f"input {content} is no scalar")
-                return self.scalars[content]
+                if torch.device(self.trace["device"]).type != "cpu":
+                    return _NumberOnTheDevice(content)
+                return self.scalar(content)
             case "int" | "bool" | "str":
                 return content
             case "expr":
@@ -416,7 +467,7 @@ class _GraphBuilder:
             case "memory_format":
                 return torch_constant(content, torch.memory_format)
             case "device":
-                return torch.device(content)
+                return torch.device(retarget.DEVICE if self.retargeted else content)
             case "list":
                 return [self.argument(element) for element in content]
         raise TraceError(f"unknown kind of argument: {kind!r}")

@@ -1,0 +1,126 @@
+"""Ops that take a number, as functions that take a tensor without dimensions in its place.
+
+A dynamic scalar that lies on the GPU is read by the kernels there. That needs no word
+between host and GPU, and a captured launch reads the number of its own step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Function:
+    target: Callable[..., torch.Tensor]
+    last: bool = False  # the number goes with the last tensor, not the first one
+
+
+def number(scalar: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A float64 tensor without dimensions, as it takes part in an op with `other`."""
+    dtype = torch.result_type(other, 0.5)
+    # Kernels compute in float32 where these are stored.
+    small = dtype in (torch.float16, torch.bfloat16)
+    return scalar.to(torch.float32 if small else dtype)
+
+
+def _add(x: Any, other: Any, alpha: Any = 1) -> torch.Tensor:
+    return x + other * alpha
+
+
+def _sub(x: Any, other: Any, alpha: Any = 1) -> torch.Tensor:
+    return x - other * alpha
+
+
+def _rsub(x: Any, other: Any, alpha: Any = 1) -> torch.Tensor:
+    return other - x * alpha
+
+
+def _addcmul(x: Any, a: Any, b: Any, value: Any = 1) -> torch.Tensor:
+    return x + a * b * value
+
+
+def _addcdiv(x: Any, a: Any, b: Any, value: Any = 1) -> torch.Tensor:
+    return x + a / b * value
+
+
+def _masked_fill(x: Any, mask: Any, value: Any) -> torch.Tensor:
+    return torch.where(mask, value.to(x.dtype), x)
+
+
+def _fill(x: Any, value: Any) -> torch.Tensor:
+    return value.to(x.dtype).expand(x.shape)
+
+
+def _leaky_relu(x: Any, slope: Any = 0.01) -> torch.Tensor:
+    return torch.where(x > 0, x, x * slope)
+
+
+def _leaky_relu_backward(gradient: Any, x: Any, slope: Any, x_is_result: bool) -> torch.Tensor:
+    return torch.where(x > 0, gradient, gradient * slope)
+
+
+def _lerp(x: Any, end: Any, weight: Any) -> torch.Tensor:
+    return torch.lerp(x, end, weight.to(x.dtype))
+
+
+def _clamp(x: Any, low: Any = None, high: Any = None) -> torch.Tensor:
+    for bound, choose in ((low, torch.maximum), (high, torch.minimum)):
+        if bound is not None:
+            dtype = torch.result_type(x, 0.5)
+            x = choose(x.to(dtype), torch.as_tensor(bound, dtype=dtype, device=x.device))
+    return x
+
+
+def _clamp_max(x: Any, high: Any) -> torch.Tensor:
+    return _clamp(x, None, high)
+
+
+_ARITHMETIC = {
+    "add": _add, "sub": _sub, "rsub": _rsub, "mul": torch.mul, "div": torch.div,
+    "addcmul": _addcmul, "addcdiv": _addcdiv, "lerp": _lerp, "masked_fill": _masked_fill,
+    "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp_max, "fill": _fill,
+    "leaky_relu": _leaky_relu, "leaky_relu_backward": _leaky_relu_backward,
+}  # fmt: skip
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+def _out_of_place(name: str, function: Callable[..., torch.Tensor]) -> Function:
+    def target(x: Any, *args: Any, **keywords: Any) -> torch.Tensor:
+        result = function(x, *args, **keywords)
+        # Two tensors without dimensions: a number would not have changed the dtype.
+        small = result.dim() == 0 and x.dtype in (torch.float16, torch.bfloat16)
+        return result.to(x.dtype) if small and result.dtype == torch.float32 else result
+
+    target.__name__ = f"{name}_with_tensor"
+    return Function(target)
+
+
+def _in_place(name: str, function: Callable[..., torch.Tensor]) -> Function:
+    def target(x: Any, *args: Any, **keywords: Any) -> torch.Tensor:
+        return x.copy_(function(x, *args, **keywords))
+
+    target.__name__ = f"{name}_with_tensor"
+    return Function(target)
+
+
+_FUNCTIONS = (
+    {name: _out_of_place(name, f) for name, f in _ARITHMETIC.items() if name != "fill"}
+    | {f"{name}_": _in_place(f"{name}_", f) for name, f in _ARITHMETIC.items()}
+    | {name: Function(getattr(torch, name)) for name in _COMPARISONS}
+    | {"where": Function(torch.where, last=True)}
+)
+# Which round, and which have a list of numbers.
+_WITHOUT = ("Tensor_mode", "Scalar_mode", "ScalarList")
+
+
+def function_of(op: Any) -> Function | None:
+    """What computes the same as the aten op `op` with tensors for numbers; None where there
+    is no such thing.
+    """
+    if op.namespace != "aten" or op._overloadname in _WITHOUT:
+        return None
+    return _FUNCTIONS.get(op._schema.name.removeprefix("aten::"))

@@ -1,0 +1,24 @@
+#include "lazy_backend/gpu.h"
+
+#ifdef REPRISE_WITH_CUDA
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/util/StringUtil.h>
+#endif
+
+namespace reprise {
+
+#ifdef REPRISE_WITH_CUDA
+
+std::string gpu_model(c10::Device device) {
+  if (!device.is_cuda()) return "";
+  const cudaDeviceProp& gpu = *at::cuda::getDeviceProperties(device.index());
+  return c10::str(gpu.name, " sm_", gpu.major, gpu.minor);
+}
+
+#else
+
+std::string gpu_model(c10::Device) { return ""; }
+
+#endif
+
+}  // namespace reprise

@@ -1,0 +1,123 @@
+"""Programs for a GPU, compiled where there is none: every model of the zoo for sm_90.
+
+    REPRISE_RECORD_ZOO=build/release/bin/record_zoo python -m unittest test_cross_compile
+
+What the models do is recorded on the CPU. Prints what becomes of it: how many ops, how
+many kernels of Triton's, and which ops of libtorch's are left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import tempfile
+import unittest
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# What a library does better than a kernel of ours, and may stay a call of libtorch's.
+LIBRARY_OPS = {
+    "mm_out", "addmm_out", "bmm_out", "baddbmm_out", "convolution", "convolution_backward",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward",
+}  # fmt: skip
+# Ops that Inductor writes no kernel for.
+OTHER_OPS = {"cumsum", "index_put_", "scatter_reduce_", "max_pool2d_with_indices_backward"}
+EM_CUDA = 190
+
+
+@dataclass
+class Compiled:
+    ops: int
+    kernels: int
+    launches: int
+    library: list[str]  # ops called, in order
+    through_the_dispatcher: list[str]
+
+
+def architecture_of(cubin: bytes) -> int:
+    """`sm_90` as 90, from the flags of the ELF header."""
+    machine = struct.unpack_from("<H", cubin, 18)[0]
+    if cubin[:4] != b"\x7fELF" or machine != EM_CUDA:
+        raise ValueError("no machine code for a GPU")
+    flags = struct.unpack_from("<I", cubin, 48)[0]
+    # The second byte since CUDA 13 (ELF ABI 8), the first before.
+    return flags >> 8 & 0xFF if cubin[8] >= 8 else flags & 0xFF
+
+
+def look_into(package: Path, ops: int) -> tuple[Compiled, list[int]]:
+    with zipfile.ZipFile(package) as archive:
+        names = archive.namelist()
+        cubins = [archive.read(n) for n in names if n.endswith(".cubin")]
+        (wrapper,) = (archive.read(n).decode() for n in names if n.endswith(".wrapper.cpp"))
+    body = wrapper[wrapper.index("void AOTInductorModel::run_impl(") :]
+    calls = re.findall(r"aoti_torch_cuda_(\w+)\(", body)
+    return (
+        Compiled(
+            ops, len(cubins), len(re.findall(r"\bcall_triton_\w+\(", body)), calls,
+            re.findall(r"aoti_torch_proxy_executor_call_function\w*\([^\"]*\"([^\"]*)", body),
+        ),
+        [architecture_of(cubin) for cubin in cubins],
+    )  # fmt: skip
+
+
+@unittest.skipUnless(torch.version.cuda, "torch was built without CUDA, and brings no Triton")
+class CrossCompile(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        from reprise_compiler.build_package import PackageBuilder
+
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = Path(folder.name)
+        cache = os.environ.get("REPRISE_TEST_CACHE")
+        cls.builder = PackageBuilder(cache or str(cls.folder / "cache"))
+        subprocess.run(
+            [os.environ["REPRISE_RECORD_ZOO"], str(cls.folder)],
+            check=True, stderr=subprocess.DEVNULL,
+            env=os.environ | {"REPRISE_BACKING": "cpu", "REPRISE_CACHE_DIR": str(cls.folder / "none")},
+        )  # fmt: skip
+
+    def compile(self, trace: dict, target: str) -> tuple[Compiled, list[int]]:
+        package = self.folder / "program.pt2"
+        self.builder.compile(json.dumps(trace | {"target": target}), str(package))
+        return look_into(package, len(trace["steps"]))
+
+    def test_every_model_of_the_zoo(self) -> None:
+        rows = []
+        for folder in sorted(p for p in self.folder.iterdir() if p.is_dir() and "-" in p.name):
+            traces = [json.loads(p.read_text()) for p in folder.glob("*.json")]
+            self.assertTrue(traces, f"{folder.name} was not recorded")
+            trace = max(traces, key=lambda t: len(t["steps"]))
+            with self.subTest(folder.name):
+                compiled, architectures = self.compile(trace, "sm_90")
+                rows.append((folder.name, compiled))
+                self.assertEqual(set(architectures), {90})
+                # Ops are fused, and nothing falls back that should not.
+                self.assertGreaterEqual(compiled.launches, compiled.kernels)
+                self.assertLess(compiled.launches, compiled.ops)
+                self.assertEqual(set(compiled.library) - LIBRARY_OPS - OTHER_OPS, set())
+                self.assertEqual(compiled.through_the_dispatcher, [])
+        print(f"\n{'model':24} {'ops':>5} {'kernels':>8} {'launches':>9} {'library calls':>14}")
+        for name, c in rows:
+            print(f"{name:24} {c.ops:5} {c.kernels:8} {c.launches:9} {len(c.library):14}")
+
+    def test_the_named_gpu_is_the_one_compiled_for(self) -> None:
+        (trace,) = (json.loads(p.read_text()) for p in (self.folder / "mlp-forward").glob("*.json"))
+        for target, architecture in (("A100", 80), ("sm_89", 89), ("B200", 100)):
+            with self.subTest(target):
+                self.assertEqual(set(self.compile(trace, target)[1]), {architecture})
+
+    def test_an_unknown_gpu_is_an_error_that_names_those_there_are(self) -> None:
+        (trace,) = (json.loads(p.read_text()) for p in (self.folder / "mlp-forward").glob("*.json"))
+        with self.assertRaisesRegex(ValueError, "'sm_12'; known are sm_80, A100"):
+            self.compile(trace, "sm_12")
+
+
+if __name__ == "__main__":
+    unittest.main()
