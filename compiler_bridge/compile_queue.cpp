@@ -17,6 +17,7 @@
 
 #include "compiler_bridge/artifact_store.h"
 #include "compiler_bridge/compiler_abi.h"
+#include "compiler_bridge/host_engine.h"
 #include "compiler_bridge/package_runner.h"
 #include "compiler_bridge/trace_outline.h"
 #include "compiler_bridge/trace_writer.h"
@@ -238,7 +239,11 @@ bool CompileQueue::open_compiler(std::string* problem) {
   // Python's torch is about to put its own meta kernels in place of libtorch's.
   keep_meta_kernels();
   char* error = nullptr;
-  if (library.initialize(settings.c_str(), &error) != 0) {
+  const auto initialize = [&] {
+    const KeepEngine keep;
+    return library.initialize(settings.c_str(), &error);
+  };
+  if (initialize() != 0) {
     return give_up(c10::str("the Python '", python, "' cannot compile: ", take(error),
                             "; name another with REPRISE_PYTHON"));
   }

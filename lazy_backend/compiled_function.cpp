@@ -174,7 +174,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
     c10::InferenceMode normal_tensors(false);
     const BelowUserModes below;
     made = program.runner->run(std::move(inputs));
-    for (size_t k = 0; k < made.size(); ++k) made[k] = as_recorded(program.outputs[k], made[k]);
+    for (size_t k = 0; k < made.size(); ++k) made[k] = as_recorded(program, k, made[k]);
   } catch (const std::exception& error) {
     // Out of memory, say. What it may have written in part cannot be run again.
     if (program.writes_inputs) throw;

@@ -319,6 +319,11 @@ TORCH_LIBRARY_IMPL(aten, Lazy, m) {
 }
 TORCH_LIBRARY_FRAGMENT(reprise, m) { m.def("dropout_mask(Tensor like, float p) -> Tensor"); }
 TORCH_LIBRARY_IMPL(reprise, CUDA, m) { m.impl("dropout_mask", dropout_mask); }
+TORCH_LIBRARY_IMPL(reprise, Meta, m) {
+  m.impl("dropout_mask", [](const at::Tensor& like, double) {
+    return at::empty_like(like, like.options().dtype(at::kBool));
+  });
+}
 
 }  // namespace
 }  // namespace reprise

@@ -89,7 +89,7 @@ at::Tensor as_inferred(const Step& step, const Result& result, const at::Tensor&
   TORCH_CHECK(tensor.sizes() == told.sizes() && tensor.scalar_type() == told.dtype, "reprise: ",
               step.op.operator_name(), " gave ", tensor.dtype(), tensor.sizes(), " where ",
               told.dtype, told.sizes(), " had been inferred");
-  return copy_lying_as(told, result.nbytes, tensor);
+  return copy_lying_as(told, result.nbytes, tensor, tensor.device());
 }
 
 void take_result(const Step& step, const Result& result, const c10::IValue& value,
@@ -102,8 +102,12 @@ void take_result(const Step& step, const Result& result, const c10::IValue& valu
     return;
   }
   if (result.kind != Result::Kind::kNew) return;
-  const at::Tensor tensor =
+  at::Tensor tensor =
       C10_UNLIKELY(step.inferred) ? as_inferred(step, result, value.toTensor()) : value.toTensor();
+  if (const c10::Device device = backing_device_of(step.device_index);
+      C10_UNLIKELY(tensor.device() != device)) {
+    tensor = tensor.to(device);  // see `OpPolicy::host_results`
+  }
   storages[result.slot] = tensor.storage();
   created(step, result.slot, tensor);
 }
@@ -131,8 +135,9 @@ at::Tensor empty_tensor(const Geometry& geometry, size_t nbytes, c10::Device dev
   return backing_tensor(whole.storage(), plain);
 }
 
-at::Tensor copy_lying_as(const Geometry& geometry, size_t nbytes, const at::Tensor& tensor) {
-  const at::Tensor copy = empty_tensor(geometry, nbytes, tensor.device());
+at::Tensor copy_lying_as(const Geometry& geometry, size_t nbytes, const at::Tensor& tensor,
+                         c10::Device device) {
+  const at::Tensor copy = empty_tensor(geometry, nbytes, device);
   copy.copy_(tensor);
   return copy;
 }

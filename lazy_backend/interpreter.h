@@ -39,7 +39,8 @@ at::Tensor draw(const Step& step);
 at::Tensor empty_tensor(const Geometry& geometry, size_t nbytes, c10::Device device);
 
 /// A copy of a tensor that lies as `geometry` says.
-at::Tensor copy_lying_as(const Geometry& geometry, size_t nbytes, const at::Tensor& tensor);
+at::Tensor copy_lying_as(const Geometry& geometry, size_t nbytes, const at::Tensor& tensor,
+                         c10::Device device);
 
 /// The last step (index) that touches each slot.
 std::vector<uint32_t> last_uses(const std::vector<StepPtr>& steps, size_t slots);

@@ -20,6 +20,7 @@ struct Exception {
   Randomness randomness = Randomness::kNone;
   bool host_tensors = false;
   bool constant_floats = false;
+  bool host_results = false;
   std::vector<uint8_t> hidden_writes = {};
   int dropout_argument = -1;
 };
@@ -119,12 +120,13 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
        {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 3}},
       {"aten::_scaled_dot_product_flash_attention_for_cpu_backward",
        {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 6}},
+      // Where they drop nothing, the seed that they return lies on the host.
       {"aten::_scaled_dot_product_flash_attention",
-       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 3}},
+       {.kind = Kind::kTrace, .constant_floats = true, .host_results = true, .dropout_argument = 3}},
       {"aten::_scaled_dot_product_efficient_attention",
-       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 5}},
+       {.kind = Kind::kTrace, .constant_floats = true, .host_results = true, .dropout_argument = 5}},
       {"aten::_scaled_dot_product_cudnn_attention",
-       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 5}},
+       {.kind = Kind::kTrace, .constant_floats = true, .host_results = true, .dropout_argument = 5}},
       // These draw what the forward pass drew, from the seed that it returned.
       {"aten::_scaled_dot_product_efficient_attention_backward",
        {.kind = Kind::kTrace, .constant_floats = true}},
@@ -197,6 +199,7 @@ OpPolicy policy_of(const c10::OperatorHandle& op) {
     policy.randomness = exception->randomness;
     policy.host_tensors = exception->host_tensors;
     policy.constant_floats = exception->constant_floats;
+    policy.host_results = exception->host_results;
     policy.dropout_argument = exception->dropout_argument;
     policy.first_hidden_write = policy.writes.size();
     policy.writes.append(exception->hidden_writes.begin(), exception->hidden_writes.end());

@@ -37,6 +37,8 @@ struct OpPolicy {
   bool host_tensors = false;
   /// Floats of this op are never made inputs of a program.
   bool constant_floats = false;
+  /// It may return tensors of the host, which are then brought to the backing device.
+  bool host_results = false;
   /// Indices of the arguments that it writes, from the schema and, for ops whose
   /// schema is silent, from the table.
   c10::SmallVector<uint8_t, 4> writes;

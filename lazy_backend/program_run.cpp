@@ -54,6 +54,7 @@ void compare_with_record(Program& program, const std::vector<at::Tensor>& inputs
   TORCH_CHECK(outputs.size() == program.outputs.size(), "reprise: program ", program.name,
               " returned ", outputs.size(), " outputs where ", program.outputs.size(),
               " were expected");
+  const c10::Device device = backing_device_of(program.device_index);
   for (size_t k = 0; k < outputs.size(); ++k) {
     ProgramOutput& expected = program.outputs[k];
     const at::Tensor& output = outputs[k];
@@ -65,7 +66,7 @@ void compare_with_record(Program& program, const std::vector<at::Tensor>& inputs
       return other.storage().unsafeGetStorageImpl() == output.storage().unsafeGetStorageImpl() ||
              (output.numel() > 0 && other.storage().data() == output.storage().data());
     };
-    expected.copy = output.strides() != expected.geometry.strides() ||
+    expected.copy = output.device() != device || output.strides() != expected.geometry.strides() ||
                     output.storage_offset() != expected.geometry.offset ||
                     output.storage().nbytes() < expected.nbytes ||
                     expected.geometry.conjugate || expected.geometry.negative ||
@@ -146,9 +147,11 @@ std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots
 
 }  // namespace
 
-at::Tensor as_recorded(const ProgramOutput& output, const at::Tensor& tensor) {
+at::Tensor as_recorded(const Program& program, size_t k, const at::Tensor& tensor) {
+  const ProgramOutput& output = program.outputs[k];
   if (C10_LIKELY(!output.copy)) return tensor;
-  return copy_lying_as(output.geometry, output.nbytes, tensor);
+  return copy_lying_as(output.geometry, output.nbytes, tensor,
+                       backing_device_of(program.device_index));
 }
 
 void run_program(Program& program, Segment& segment) {
@@ -161,7 +164,7 @@ void run_program(Program& program, Segment& segment) {
   for (size_t k = 0; k < outputs.size(); ++k) {
     const ProgramOutput& output = program.outputs[k];
     if (auto lazy = segment.lock(output.slot)) {
-      lazy->set_backing(as_recorded(output, outputs[k]).storage());
+      lazy->set_backing(as_recorded(program, k, outputs[k]).storage());
     }
   }
   // What a random step has created is the storage that the program was given.
@@ -183,7 +186,7 @@ std::vector<at::Tensor> try_program(Program& program, Segment& segment,
   std::vector<at::Tensor> outputs = program.runner->run(std::move(inputs));
   compare_with_record(program, kept, outputs);
   for (size_t k = 0; k < outputs.size(); ++k) {
-    outputs[k] = as_recorded(program.outputs[k], outputs[k]);
+    outputs[k] = as_recorded(program, k, outputs[k]);
   }
   return outputs;
 }

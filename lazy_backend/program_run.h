@@ -24,6 +24,6 @@ std::vector<at::Tensor> try_program(Program& program, Segment& segment,
                                     const std::vector<at::Tensor>& random);
 
 /// An output as eager's would lie in memory.
-at::Tensor as_recorded(const ProgramOutput& output, const at::Tensor& tensor);
+at::Tensor as_recorded(const Program& program, size_t output, const at::Tensor& tensor);
 
 }  // namespace reprise

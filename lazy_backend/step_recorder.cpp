@@ -200,7 +200,10 @@ Result StepRecorder::give(c10::IValue& value, int again) {
     }
     return result;
   }
-  const at::Tensor& tensor = value.toTensor();
+  if (policy_.host_results && !infers_ && value.toTensor().defined()) {
+    value = value.toTensor().to(device());
+  }
+  const at::Tensor tensor = value.toTensor();
   if (!tensor.defined()) return result;
   if (again >= 0) {
     for (const Unwrapped& each : tensors_) {

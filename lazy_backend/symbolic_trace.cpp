@@ -115,11 +115,11 @@ void SymbolicTrace::mark(uint32_t symbol, int64_t value, Range range) {
 
 void SymbolicTrace::begin() {
   unnamed_ = 0;
+  steps_ = 0;
   if (C10_LIKELY(symbols_.empty())) return;
   ++segment_;
   met_.clear();
   alive_ = kAllTrials;
-  steps_ = 0;
   problem_.clear();
   guards_.clear();
 }

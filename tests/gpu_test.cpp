@@ -26,7 +26,8 @@ torch::Tensor given(torch::Device device, torch::IntArrayRef sizes, uint64_t see
 torch::nn::Sequential network(torch::Device device) {
   torch::manual_seed(1);
   torch::nn::Sequential net(torch::nn::Linear(8, 32), torch::nn::ReLU(), torch::nn::Linear(32, 32),
-                            torch::nn::Tanh(), torch::nn::Linear(32, 4));
+                            torch::nn::Tanh(), torch::nn::Linear(32, 32), torch::nn::ReLU(),
+                            torch::nn::Linear(32, 32), torch::nn::Tanh(), torch::nn::Linear(32, 4));
   net->to(device);
   return net;
 }

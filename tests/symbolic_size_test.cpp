@@ -243,6 +243,8 @@ TEST_F(SymbolicSizes, PlainNumbersAreGuessed) {
 // Where nothing explains it, a size is fixed; the program is right all the same.
 TEST_F(SymbolicSizes, AFixedSizeIsSaidInExplain) {
   const auto w = random(torch::kLazy, {6, 8});
+  auto plain = random(torch::kLazy, {3});  // a step without symbols before
+  for (int k = 0; k < 5; ++k) plain = plain.sin();
   mark_step();  // ops are counted from a step's beginning
   for (int round = 0; round < 4; ++round) {
     auto x = batch(torch::kLazy, {6, 8});

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a machine with a GPU should do for Reprise, without a network:
 #
-#   tools/gpu_check.sh [PART...]        build test fuzz conformance sanitize bench report
+#   tools/gpu_check.sh [PART...]   build test fuzz conformance sanitize bench package report
 #
 # All parts by default, in that order; each leaves its log in OUT, and `report` makes
 # OUT/gpu_check.json and OUT/gpu_check.md of them. Nine minutes on 16 cores.
@@ -11,7 +11,8 @@
 #   OUT         where logs and report go; BUILD/report
 #   JOBS        processes at once; the machine's cores
 #   GOOGLETEST_SOURCE, BENCHMARK_SOURCE   source folders, where the libraries are not installed
-#   PACKAGES    a folder of packages compiled elsewhere (tests/gpu_packages.py); none
+#   PACKAGE     a package that `export_gpt PACKAGE --device lazy --target sm_90` has made where
+#               there is no GPU, with its .expected beside it; none
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=$(command -v "${PYTHON:-python3}")
@@ -19,7 +20,7 @@ BUILD=${BUILD:-$PWD/build/gpu-check}
 OUT=${OUT:-$BUILD/report}
 JOBS=${JOBS:-$(nproc)}
 mkdir -p "$OUT"
-parts=${*:-build test fuzz conformance sanitize bench report}
+parts=${*:-build test fuzz conformance sanitize bench package report}
 
 torch_lib=$("$PYTHON" -c 'import torch, os; print(os.path.dirname(torch.__file__) + "/lib")')
 # Where binaries were carried here, the torch that they find is this one.
@@ -37,7 +38,7 @@ timed() {
 }
 
 part_build() {
-  local options=(-DCMAKE_BUILD_TYPE=Release "-DREPRISE_PYTHON=$PYTHON" -DREPRISE_BUILD_EXAMPLES=OFF)
+  local options=(-DCMAKE_BUILD_TYPE=Release "-DREPRISE_PYTHON=$PYTHON")
   [ -n "${GOOGLETEST_SOURCE:-}" ] && options+=("-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=$GOOGLETEST_SOURCE")
   [ -n "${BENCHMARK_SOURCE:-}" ] && options+=("-DFETCHCONTENT_SOURCE_DIR_BENCHMARK=$BENCHMARK_SOURCE")
   timed configure 120 cmake -S . -B "$BUILD" "${options[@]}"
@@ -65,7 +66,7 @@ part_conformance() {
   local shards=$((JOBS > 8 ? 8 : JOBS)) k
   for ((k = 1; k <= shards; ++k)); do
     timed "conformance-$k" 150 "$PYTHON" -B tests/conformance/run.py --device cuda \
-      --library "$BUILD/lib/libreprise.so" --cache "$REPRISE_CACHE_DIR" --share "$k/$((shards * 6))" &
+      --library "$BUILD/lib/libreprise.so" --cache "$REPRISE_CACHE_DIR" --share "1/6" --shard "$k/$shards" &
   done
   wait
 }
@@ -87,8 +88,9 @@ part_bench() {
   )
 }
 
-part_packages() {
-  timed packages 60 "$PYTHON" tests/gpu_packages.py run "$PACKAGES"
+part_package() {
+  [ -n "${PACKAGE:-}" ] || { echo "package: none is named"; return; }
+  timed package 60 "$BUILD/bin/plain_libtorch_runner" "$PACKAGE"
 }
 
 part_report() { "$PYTHON" tools/gpu_report.py "$OUT"; }

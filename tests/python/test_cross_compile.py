@@ -107,6 +107,39 @@ class CrossCompile(unittest.TestCase):
         for name, c in rows:
             print(f"{name:24} {c.ops:5} {c.kernels:8} {c.launches:9} {len(c.library):14}")
 
+    def test_weights_are_packed_and_go_to_the_gpu(self) -> None:
+        weights = [torch.randn(8, 8), torch.randn(8, 8), torch.randn(8), torch.tensor(2.5)]
+        torch.save(weights, self.folder / "weights.pt")
+
+        def tensor(*sizes: int) -> dict:
+            strides = list(torch.empty(sizes).stride())
+            return {"kind": "tensor", "dtype": "float32", "sizes": list(sizes), "strides": strides, "offset": 0}
+
+        def step(op: str, overload: str, args: list, result: int) -> dict:
+            return {"op": op, "overload": overload, "args": args, "results": [{"value": result}]}
+
+        trace = {
+            "format": 1, "device": "cpu", "inputs": [tensor(4, 8), *(tensor(*w.shape) for w in weights)],
+            "export": {"arguments": [0], "weights": str(self.folder / "weights.pt"), "metadata": {}},
+            "steps": [
+                step("aten::mm", "", [{"value": 0}, {"value": 1}], 5),
+                step("aten::mm", "", [{"value": 5}, {"value": 2}], 6),
+                step("aten::add", "Tensor", [{"value": 6}, {"value": 3}, {"int": 1}], 7),
+                step("aten::mul", "Tensor", [{"value": 7}, {"value": 4}], 8),
+            ],
+            "outputs": [8],
+        }  # fmt: skip
+        self.compile(trace, "sm_90")
+        with zipfile.ZipFile(self.folder / "program.pt2") as archive:
+            (wrapper,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith(".wrapper.cpp"))
+            (library,) = (archive.read(n) for n in archive.namelist() if n.endswith(".so"))
+        self.assertEqual(
+            re.findall(r"constants_info_\[\d\].device_type = (\w+);", wrapper),
+            ["cached_torch_device_type_cuda"] * len(weights),
+        )
+        for weight in weights:
+            self.assertIn(weight.numpy().tobytes(), library)
+
     def test_the_named_gpu_is_the_one_compiled_for(self) -> None:
         (trace,) = (json.loads(p.read_text()) for p in (self.folder / "mlp-forward").glob("*.json"))
         for target, architecture in (("A100", 80), ("sm_89", 89), ("B200", 100)):

@@ -193,6 +193,15 @@ def _driver_patches(target: Any, gpu: Any) -> Iterator[tuple[Any, str, Any]]:
     yield triton.runtime.driver, "_active", Driver()
 
 
+class _ClaimedWeight(torch.Tensor):
+    """A weight's values, on the CPU, that say they are on the target: code generation asks
+    where a constant has to be, and then for its bytes.
+    """
+
+    device = property(lambda self: torch.device("cuda:0"))  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
 # What weights hold that are only claimed to be on the target, by their names.
 _weights: dict[str, torch.Tensor] = {}
 _stock_weight = GraphLowering.get_original_value_of_constant
@@ -208,7 +217,9 @@ def claim_weights(module: torch.nn.Module, device: torch.device) -> None:
 
 def _weight(self: GraphLowering, name: str) -> torch.Tensor:
     claimed = _weights.get(self.allocated_constant_name[name])
-    return claimed if claimed is not None else _stock_weight(self, name)
+    if claimed is None:
+        return _stock_weight(self, name)
+    return torch.Tensor._make_subclass(_ClaimedWeight, claimed)
 
 
 def _device_patches(gpu: Gpu) -> Iterator[tuple[Any, str, Any]]:

@@ -29,12 +29,8 @@ def settle_in(cache_dir: str | None) -> None:
 
 
 class _KeepTheHostsEngine(importlib.abc.MetaPathFinder):
-    """Leaves the host's backward passes to libtorch's own engine.
-
-    `import torch` makes Python's the one that C++ programs get as well
-    (torch/csrc/autograd/python_engine.cpp, torch 2.11): its threads want the GIL, which a
-    compile holds for seconds, and on a GPU their first backward pass after the import found
-    no queue for its device. Python itself asks for its engine by name.
+    """Leaves the host's backward passes to libtorch's own engine: see host_engine.h. Python
+    itself asks for its engine by name.
     """
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:

@@ -1,0 +1,102 @@
+"""What tools/gpu_check.sh has found, as one JSON file and one Markdown table.
+
+    python tools/gpu_report.py OUT
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, str]:
+    import torch
+
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        found["gpu"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["gpu"] = "none"
+    return found
+
+
+def tests(out: Path) -> dict[str, Any]:
+    counts = {"passed": 0, "skipped": 0, "failed": []}
+    for log in out.glob("test-*.log"):
+        text = log.read_text(errors="replace")
+        counts["passed"] += len(re.findall(r"^\[       OK \]", text, re.M))
+        counts["skipped"] += len(re.findall(r"^\[  SKIPPED \] \S+ \(", text, re.M))
+        counts["failed"] += re.findall(r"^\[  FAILED  \] (\S+) \(\d+ ms\)", text, re.M)
+        # A test that never ended: a crash, or the time limit.
+        started = re.findall(r"^\[ RUN      \] (\S+)", text, re.M)
+        if started and not re.search(rf"^\[ .*\] {re.escape(started[-1])} \(", text, re.M):
+            counts["failed"].append(started[-1] + " (did not end)")
+    return counts
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def rows(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        return {row["name"]: row for row in json.loads(path.read_text())["benchmarks"]}
+    except (OSError, json.JSONDecodeError, KeyError):
+        return {}
+
+
+def report(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"machine": machine(), "parts": {}}
+    for status in sorted(out.glob("*.status")):
+        code, seconds = status.read_text().split()
+        found["parts"][status.stem] = {"status": int(code), "seconds": int(seconds)}
+    found["tests"] = tests(out)
+    for kind in ("fuzz", "conformance"):
+        found[kind] = {log.stem: last_line(log) for log in sorted(out.glob(f"{kind}-*.log"))}
+    if (out / "sanitize.log").exists():
+        found["sanitize"] = last_line(out / "sanitize.log")
+    found["bench"] = {name: rows(out / f"{name}.json")
+                      for name in ("bench-models", "bench-models-without-graphs", "bench-runtime")}
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = ["# Reprise on a GPU", "", " · ".join(f"{k}: {v}" for k, v in found["machine"].items()), ""]
+    counts = found["tests"]
+    lines += [f"Tests: {counts['passed']} passed, {counts['skipped']} skipped, "
+              f"{len(counts['failed'])} failed." + "".join(f"\n- {name}" for name in counts["failed"]), ""]
+    for kind in ("fuzz", "conformance"):
+        lines += [f"- {name}: `{line}`" for name, line in found[kind].items()]
+    if "sanitize" in found:
+        lines.append(f"- compute-sanitizer: `{found['sanitize']}`")
+    lines += ["", "| model | eager ms | reprise ms | speedup | without graphs |", "| --- | ---: | ---: | ---: | ---: |"]
+    plain = found["bench"]["bench-models-without-graphs"]
+    for name, row in found["bench"]["bench-models"].items():
+        if "speedup" not in row:
+            continue
+        other = plain.get(name, {}).get("speedup")
+        lines.append(f"| {name} | {row['eager_ms']:.3f} | {row['reprise_ms']:.3f} | {row['speedup']:.2f} | "
+                     + (f"{other:.2f} |" if other is not None else "– |"))
+    lines += ["", "| part | status | seconds |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {p['status']} | {p['seconds']} |" for name, p in found["parts"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    out = Path(sys.argv[1])
+    found = report(out)
+    (out / "gpu_check.json").write_text(json.dumps(found, indent=1))
+    (out / "gpu_check.md").write_text(markdown(found))
+    print(markdown(found))
+    clean = not found["tests"]["failed"] and all(p["status"] == 0 for p in found["parts"].values())
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
