@@ -18,7 +18,7 @@ import zipfile
 import reprise_compiler
 import torch
 import torch._inductor
-from reprise_compiler import symbols
+from reprise_compiler import device_scalars, symbols
 from reprise_compiler.trace_to_fx import TraceError
 from trace_recorder import record
 
@@ -682,6 +682,59 @@ class OverSymbols(CompilerTest):
         for text in ("", "(", "(+ s0", "(? s0 s1)", "s0 s1", "sx"):
             with self.assertRaises(symbols.ExpressionError, msg=text):
                 symbols.evaluate(text, values.__getitem__)
+
+
+class NumbersOnTheDevice(unittest.TestCase):
+    """Ops with a number, as the functions that take a tensor in its place."""
+
+    def check(self, op, x, *args, **keywords):
+        """`args` and `keywords` as the op gets them; a float among them is the number."""
+        function = device_scalars.function_of(op)
+        self.assertIsNotNone(function)
+        expected = op(x.clone(), *args, **keywords)
+        other = next(a for a in reversed((x, *args)) if isinstance(a, torch.Tensor)) if function.last else x
+
+        def given(value):
+            if not isinstance(value, float):
+                return value
+            return device_scalars.number(torch.tensor(value, dtype=torch.float64), other)
+
+        actual = function.target(
+            x.clone(), *map(given, args), **{k: given(v) for k, v in keywords.items()}
+        )
+        self.assertEqual(actual.dtype, expected.dtype)
+        torch.testing.assert_close(actual, expected)
+
+    def test_are_eagers(self):
+        mask = torch.tensor([True, False, True])
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.int64):
+            x = torch.tensor([1, -2, 3], dtype=dtype)
+            y = torch.tensor([2, 5, -4], dtype=dtype)
+            with self.subTest(dtype):
+                for op in (aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar,
+                           aten.rsub.Scalar, aten.eq.Scalar, aten.lt.Scalar, aten.clamp_min.default,
+                           aten.clamp_max.default):  # fmt: skip
+                    self.check(op, x, 1.5)
+                self.check(aten.clamp.default, x, -0.5, 2.5)
+                self.check(aten.masked_fill.Scalar, x, mask, 2.0)
+                self.check(aten.where.ScalarOther, mask, x, 0.25)
+                self.check(aten.fill_.Scalar, x, 3.0)
+                if dtype.is_floating_point:
+                    self.check(aten.add.Tensor, x, y, alpha=0.3)
+                    self.check(aten.sub_.Tensor, x, y, alpha=0.3)
+                    self.check(aten.mul_.Scalar, x, 0.9)
+                    self.check(aten.addcmul_.default, x, y, y, value=0.1)
+                    self.check(aten.addcdiv_.default, x, y, y, value=-0.1)
+                    self.check(aten.lerp.Scalar, x, y, 0.7)
+                    self.check(aten.leaky_relu.default, x, 0.2)
+
+    def test_without_dimensions_the_dtype_stays(self):
+        x = torch.tensor(3.0, dtype=torch.float16)
+        self.check(aten.mul.Scalar, x, 0.1)
+
+    def test_what_rounds_has_none(self):
+        self.assertIsNone(device_scalars.function_of(aten.div.Scalar_mode))
+        self.assertIsNone(device_scalars.function_of(aten.pow.Tensor_Scalar))
 
 
 class Failures(CompilerTest):

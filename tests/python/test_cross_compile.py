@@ -38,6 +38,7 @@ class Compiled:
     launches: int
     library: list[str]  # ops called, in order
     through_the_dispatcher: list[str]
+    reads_numbers: bool  # the host waits for the GPU
 
 
 def architecture_of(cubin: bytes) -> int:
@@ -61,6 +62,7 @@ def look_into(package: Path, ops: int) -> tuple[Compiled, list[int]]:
         Compiled(
             ops, len(cubins), len(re.findall(r"\bcall_triton_\w+\(", body)), calls,
             re.findall(r"aoti_torch_proxy_executor_call_function\w*\([^\"]*\"([^\"]*)", body),
+            "aoti_torch_item" in body,
         ),
         [architecture_of(cubin) for cubin in cubins],
     )  # fmt: skip
@@ -103,6 +105,7 @@ class CrossCompile(unittest.TestCase):
                 self.assertLess(compiled.launches, compiled.ops)
                 self.assertEqual(set(compiled.library) - LIBRARY_OPS - OTHER_OPS, set())
                 self.assertEqual(compiled.through_the_dispatcher, [])
+                self.assertFalse(compiled.reads_numbers)
         print(f"\n{'model':24} {'ops':>5} {'kernels':>8} {'launches':>9} {'library calls':>14}")
         for name, c in rows:
             print(f"{name:24} {c.ops:5} {c.kernels:8} {c.launches:9} {len(c.library):14}")
