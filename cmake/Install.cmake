@@ -6,14 +6,24 @@ include(GNUInstallDirs)
 # Where the parts lie beside libreprise.so is what compile_queue.cpp expects.
 set(beside "${CMAKE_INSTALL_LIBDIR}/reprise")
 set(config "${CMAKE_INSTALL_LIBDIR}/cmake/Reprise")
-set_target_properties(reprise reprise_compiler PROPERTIES
+set(libraries reprise)
+if(REPRISE_COMPILER)
+  list(APPEND libraries reprise_compiler)
+endif()
+set_target_properties(${libraries} PROPERTIES
   INSTALL_RPATH "$ORIGIN;${REPRISE_TORCH_DIR}/lib" INSTALL_RPATH_USE_LINK_PATH ON)
-install(TARGETS reprise reprise_compiler LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+install(TARGETS ${libraries} LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+set_target_properties(reprise-cache PROPERTIES
+  INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR};${REPRISE_TORCH_DIR}/lib"
+  INSTALL_RPATH_USE_LINK_PATH ON)
+install(TARGETS reprise-cache RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}")
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
-install(DIRECTORY "${PROJECT_SOURCE_DIR}/compiler_bridge/python/" DESTINATION "${beside}/python"
-        PATTERN "__pycache__" EXCLUDE)
-install(DIRECTORY "${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/reprise/toolchain"
-        DESTINATION "${beside}" USE_SOURCE_PERMISSIONS)
+if(REPRISE_COMPILER)
+  install(DIRECTORY "${PROJECT_SOURCE_DIR}/compiler_bridge/python/" DESTINATION "${beside}/python"
+          PATTERN "__pycache__" EXCLUDE)
+  install(DIRECTORY "${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/reprise/toolchain"
+          DESTINATION "${beside}" USE_SOURCE_PERMISSIONS)
+endif()
 
 set(REPRISE_INSTALL_LIBDIR "${CMAKE_INSTALL_LIBDIR}")
 set(REPRISE_INSTALL_INCLUDEDIR "${CMAKE_INSTALL_INCLUDEDIR}")

@@ -9,22 +9,42 @@
 #
 # Also sets REPRISE_TORCH_VERSION, REPRISE_TORCH_DIR, REPRISE_PYBIND11_INCLUDE.
 
-execute_process(
-  COMMAND "${REPRISE_PYTHON_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/describe_torch.py"
-  RESULT_VARIABLE failed OUTPUT_VARIABLE described ERROR_VARIABLE problem
-  OUTPUT_STRIP_TRAILING_WHITESPACE)
-if(failed)
-  message(FATAL_ERROR "${REPRISE_PYTHON_EXECUTABLE} has no usable torch:\n${problem}")
+if(REPRISE_PYTHON_EXECUTABLE)
+  execute_process(
+    COMMAND "${REPRISE_PYTHON_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/describe_torch.py"
+    RESULT_VARIABLE failed OUTPUT_VARIABLE described ERROR_VARIABLE problem
+    OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(failed)
+    message(FATAL_ERROR "${REPRISE_PYTHON_EXECUTABLE} has no usable torch:\n${problem}")
+  endif()
+else()
+  # No Python: a folder with libtorch's include/ and lib/.
+  set(header "${REPRISE_TORCH_DIR}/include/torch/headeronly/version.h")
+  if(NOT EXISTS "${header}")
+    message(FATAL_ERROR "there is no libtorch in REPRISE_TORCH_DIR ('${REPRISE_TORCH_DIR}'): "
+                        "name the folder that has its include/ and lib/")
+  endif()
+  file(READ "${header}" text)
+  set(version "")
+  foreach(part IN ITEMS MAJOR MINOR PATCH)
+    string(REGEX MATCH "TORCH_VERSION_${part} ([0-9]+)" found "${text}")
+    list(APPEND version "${CMAKE_MATCH_1}")
+  endforeach()
+  list(JOIN version "." version)
+  file(GLOB wheels "${REPRISE_TORCH_DIR}/../nvidia/*/lib")
+  list(TRANSFORM wheels REPLACE "/lib$" "")
+  set(described "${version}" "${REPRISE_TORCH_DIR}" 1 none none ${wheels})
 endif()
 list(GET described 0 REPRISE_TORCH_VERSION)
 list(GET described 1 REPRISE_TORCH_DIR)
 list(GET described 2 torch_cxx11_abi)
 list(GET described 3 REPRISE_PYBIND11_INCLUDE)
 list(GET described 4 torch_cuda_version)
-list(SUBLIST described 5 -1 torch_cuda_wheels)
+set(torch_cuda_wheels ${described})
+list(REMOVE_AT torch_cuda_wheels 0 1 2 3 4)
 if(REPRISE_TORCH_VERSION VERSION_LESS 2.11)
-  message(FATAL_ERROR "Reprise needs torch >= 2.11, and ${REPRISE_PYTHON_EXECUTABLE} "
-                      "has ${REPRISE_TORCH_VERSION}")
+  message(FATAL_ERROR "Reprise needs torch >= 2.11, and ${REPRISE_TORCH_DIR} has "
+                      "${REPRISE_TORCH_VERSION}")
 endif()
 message(STATUS "torch ${REPRISE_TORCH_VERSION} in ${REPRISE_TORCH_DIR}")
 

@@ -13,6 +13,9 @@
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <limits>
 #include <vector>
 
 #include "lazy_backend/device.h"
@@ -108,41 +111,47 @@ std::optional<std::string> ArtifactStore::find(const std::string& key) const {
 
 void ArtifactStore::drop(const std::string& key) const { remove_package(path(key)); }
 
+std::vector<CachedProgram> ArtifactStore::packages() const {
+  std::vector<CachedProgram> packages;
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(folder_, error)) {
+    if (entry.path().extension() != ".pt2") continue;
+    // Another process may remove any of them meanwhile.
+    struct stat info {};
+    if (::stat(entry.path().c_str(), &info) != 0) continue;
+    packages.push_back({entry.path().string(), static_cast<uint64_t>(info.st_size),
+                        static_cast<int64_t>(info.st_mtim.tv_sec), ""});
+  }
+  std::sort(packages.begin(), packages.end(), [](const CachedProgram& a, const CachedProgram& b) {
+    return a.last_used > b.last_used;
+  });
+  return packages;
+}
+
 void ArtifactStore::trim(const std::string& kept) const {
-  struct Package {
-    fs::path path;
-    fs::file_time_type used;
-    uint64_t bytes;
-  };
-  std::vector<Package> packages;
-  uint64_t total = 0;
+  const auto limit = static_cast<uint64_t>(options().cache_bytes);
+  trim_to(limit == 0 ? std::numeric_limits<uint64_t>::max() : limit, path(kept));
+}
+
+uint64_t ArtifactStore::trim_to(uint64_t limit, const std::string& kept) const {
   const auto now = fs::file_time_type::clock::now();
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(folder_, error)) {
-    // Another process may remove any of them meanwhile.
     std::error_code gone;
+    if (!entry.path().filename().string().starts_with(kUnfinished)) continue;
     const fs::file_time_type written = entry.last_write_time(gone);
-    if (gone) continue;
-    if (entry.path().filename().string().starts_with(kUnfinished)) {
-      if (now - written > kLongestCompile) fs::remove_all(entry.path(), gone);
-    } else if (entry.path().extension() == ".pt2") {
-      const uint64_t bytes = entry.file_size(gone);
-      if (gone) continue;
-      total += bytes;
-      packages.push_back({entry.path(), written, bytes});
-    }
+    if (!gone && now - written > kLongestCompile) fs::remove_all(entry.path(), gone);
   }
-  const uint64_t limit = options().cache_bytes;
-  if (limit == 0 || total <= limit) return;
-  std::sort(packages.begin(), packages.end(),
-            [](const Package& a, const Package& b) { return a.used < b.used; });
-  const fs::path newest = path(kept);
-  for (const Package& package : packages) {
-    if (total <= limit) break;
-    if (package.path == newest) continue;
-    remove_package(package.path.string());
-    total -= package.bytes;
+  std::vector<CachedProgram> all = packages();
+  uint64_t total = 0, removed = 0;
+  for (const CachedProgram& package : all) total += package.bytes;
+  for (; total > limit && !all.empty(); all.pop_back()) {
+    if (all.back().path == kept) continue;
+    remove_package(all.back().path);
+    total -= all.back().bytes;
+    ++removed;
   }
+  return removed;
 }
 
 bool ArtifactStore::empty() const {
@@ -152,5 +161,20 @@ bool ArtifactStore::empty() const {
   }
   return true;
 }
+
+std::string cache_folder() { return ArtifactStore::get().folder(); }
+
+std::vector<CachedProgram> cached_programs() {
+  std::vector<CachedProgram> programs = ArtifactStore::get().packages();
+  for (CachedProgram& program : programs) {
+    std::ifstream guards(program.path + ".guards");
+    program.guards.assign(std::istreambuf_iterator<char>(guards), {});
+  }
+  return programs;
+}
+
+uint64_t prune_cache(uint64_t most_bytes) { return ArtifactStore::get().trim_to(most_bytes, ""); }
+
+void remove_cached_program(const std::string& path) { remove_package(path); }
 
 }  // namespace reprise

@@ -7,6 +7,9 @@
 
 #include <optional>
 #include <string>
+#include <vector>
+
+#include "reprise/cache.h"
 
 namespace reprise {
 
@@ -32,6 +35,10 @@ class ArtifactStore {
   /// named `kept` stays. Safe while other processes use the folder: one whose package goes
   /// before it has been loaded compiles it again.
   void trim(const std::string& kept) const;
+  /// The same with another limit, in bytes. Returns how many packages went.
+  uint64_t trim_to(uint64_t limit, const std::string& kept) const;
+  /// The packages, the one used last first.
+  std::vector<CachedProgram> packages() const;
   /// Whether anything was ever stored here.
   bool empty() const;
 

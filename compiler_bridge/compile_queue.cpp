@@ -196,6 +196,13 @@ bool CompileQueue::open_compiler(std::string* problem) {
     *problem = compiler_problem_;
     return false;
   }
+#ifdef REPRISE_WITHOUT_COMPILER
+  compiler_ = Compiler::kUnusable;
+  compiler_problem_ = *problem =
+      "this Reprise was built without a compiler; programs come from the artifact store";
+  REPRISE_LOG(1, *problem);
+  return false;
+#endif
   RECORD_FUNCTION("reprise::import_compiler", std::vector<c10::IValue>());
   const auto start = std::chrono::steady_clock::now();
   compiler_ = Compiler::kUnusable;

@@ -234,6 +234,44 @@ std::vector<std::filesystem::path> packages_in(const std::string& folder) {
   return packages;
 }
 
+TEST(CacheFolder, TheCommandLineToolListsVerifiesAndPrunes) {
+  const std::string folder = make_folder("tool");
+  expect_right(train({{"REPRISE_CACHE_DIR", folder}}, {"scale", "60", "0.5"}));
+  const auto packages = packages_in(folder);
+  ASSERT_EQ(packages.size(), 1u);
+  const std::string name = packages[0].stem().string();
+  const auto tool = [&](std::vector<std::string> arguments) {
+    const auto program = std::filesystem::path(plain_program()).parent_path() / "reprise-cache";
+    arguments.insert(arguments.begin(), {program.string(), "--folder", folder});
+    return run_child(arguments);
+  };
+  Ended ended = tool({"list"});
+  EXPECT_EQ(ended.status, 0);
+  EXPECT_EQ(ended.count("  cpu "), 1u) << ended.output;
+  EXPECT_EQ(ended.count(name), 1u) << ended.output;
+  EXPECT_EQ(ended.count("1 programs, "), 1u) << ended.output;
+  ended = tool({"show", name.substr(0, 6)});
+  EXPECT_EQ(ended.status, 0);
+  EXPECT_EQ(ended.count("AOTI_DEVICE_KEY: cpu"), 1u) << ended.output;
+  EXPECT_EQ(tool({"verify"}).count("1 programs load, 0 do not"), 1u);
+
+  const std::string damaged = folder + "/damaged.pt2";
+  std::filesystem::copy_file(packages[0], damaged);
+  std::filesystem::resize_file(damaged, std::filesystem::file_size(damaged) / 2);
+  EXPECT_EQ(tool({"list"}).count("damaged"), 2u);  // what it is, and its name
+  ended = tool({"verify"});
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_EQ(ended.count(damaged + ": "), 1u) << ended.output;
+  EXPECT_EQ(tool({"verify", "--drop"}).status, 0);
+  EXPECT_EQ(packages_in(folder), packages);
+
+  EXPECT_EQ(tool({"prune", "0"}).count("1 programs are removed"), 1u);
+  EXPECT_TRUE(packages_in(folder).empty());
+  EXPECT_EQ(tool({"prune", "much"}).status, 2);
+  EXPECT_EQ(tool({"show", "none"}).count("no program's name begins with 'none'"), 1u);
+  EXPECT_EQ(tool({}).count("usage: reprise-cache"), 1u);
+}
+
 TEST(CacheFolder, WhatWasNotUsedForLongestMakesRoom) {
   const std::string folder = make_folder("bounded");
   const auto run = [&](const char* factor, const char* bytes) {

@@ -2,6 +2,7 @@
 /// All of Reprise's public headers.
 #pragma once
 
+#include "reprise/cache.h"
 #include "reprise/compile.h"
 #include "reprise/device.h"
 #include "reprise/dynamic.h"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.abc
 import importlib.util
 import logging
 import os
@@ -28,7 +27,7 @@ def settle_in(cache_dir: str | None) -> None:
     sys.meta_path.insert(0, _KeepTheHostsEngine())
 
 
-class _KeepTheHostsEngine(importlib.abc.MetaPathFinder):
+class _KeepTheHostsEngine:
     """Leaves the host's backward passes to libtorch's own engine: see host_engine.h. Python
     itself asks for its engine by name.
     """
