@@ -320,10 +320,13 @@ class GraphedRunner final : public Runner {
 
   /// Where somebody holds what the graph gave last: that storage gets memory of its own.
   static void move_away(Output& output, const at::cuda::CUDAStream& stream) {
-    if (C10_LIKELY(!output.given || output.given.use_count() == 1)) return;
+    if (!output.given) return;
     const void* memory = output.memory->data();
     const size_t nbytes = output.given->nbytes();
-    if (output.given->data() == memory && nbytes > 0) {
+    // Where it was resized, it lies elsewhere already.
+    const bool here = output.given->data() == memory;
+    if (C10_LIKELY(output.given.use_count() == 1 && here && nbytes == output.memory->nbytes())) return;
+    if (output.given.use_count() > 1 && here && nbytes > 0) {
       c10::DataPtr own = c10::cuda::CUDACachingAllocator::get()->allocate(nbytes);
       C10_CUDA_CHECK(cudaMemcpyAsync(own.get(), memory, nbytes, cudaMemcpyDeviceToDevice, stream));
       output.given->set_data_ptr_noswap(std::move(own));

@@ -2,8 +2,11 @@
 // without a compiler or a place for its programs.
 #include <sys/stat.h>
 
+#include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
+#include <random>
 
 #include "reprise/reprise.h"
 #include "tests/child_process.h"
@@ -270,6 +273,39 @@ TEST(CacheFolder, TheCommandLineToolListsVerifiesAndPrunes) {
   EXPECT_EQ(tool({"prune", "much"}).status, 2);
   EXPECT_EQ(tool({"show", "none"}).count("no program's name begins with 'none'"), 1u);
   EXPECT_EQ(tool({}).count("usage: reprise-cache"), 1u);
+}
+
+/// REPRISE_KILLS says how often; each takes some seconds.
+TEST(CacheFolder, AKilledCompilerLeavesAUsableStore) {
+  const char* wanted = std::getenv("REPRISE_KILLS");
+  const int kills = wanted != nullptr ? std::atoi(wanted) : 6;
+  const std::string folder = make_folder("killed");
+  const Settings settings{{"REPRISE_CACHE_DIR", folder}, {"REPRISE_COMPILE_AFTER", "1"}, {"WAIT_FOR_COMPILES", "1"}};
+  const auto program = std::filesystem::path(plain_program());
+  const auto verify = [&] {
+    return run_child({(program.parent_path() / "reprise-cache").string(), "--folder", folder, "verify"});
+  };
+  std::mt19937 generator(static_cast<unsigned>(kills));
+  std::uniform_real_distribution<double> seconds(2.5, 7.5);
+  int killed = 0;
+  for (int k = 0; k < kills; ++k) {
+    const Ended ended = run_child({"timeout", "-s", "KILL", std::to_string(seconds(generator)), program.string(),
+                                   "scale", "60", std::to_string(0.5 + k * 0.001)}, settings);
+    killed += ended.status == 137 || ended.signal == SIGKILL;
+    if (ended.status == 0) expect_right(ended);
+    const Ended checked = verify();
+    EXPECT_EQ(checked.status, 0) << "after kill " << k << ": " << checked.output;
+  }
+  EXPECT_GT(killed, 0);
+  std::cout << killed << " of " << kills << " processes were killed\n";
+  // And it is used: compiled once, then loaded.
+  for (const char* warnings : {"first", "second"}) {
+    SCOPED_TRACE(warnings);
+    const Ended ended = run_child({program.string(), "scale", "60", "0.25"}, settings);
+    expect_right(ended);
+    EXPECT_EQ(ended.count("Warning"), 0u) << ended.output;
+  }
+  EXPECT_EQ(verify().status, 0);
 }
 
 TEST(CacheFolder, WhatWasNotUsedForLongestMakesRoom) {
