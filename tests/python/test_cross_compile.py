@@ -18,6 +18,7 @@ import unittest
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -148,6 +149,13 @@ class CrossCompile(unittest.TestCase):
         for target, architecture in (("A100", 80), ("sm_89", 89), ("B200", 100)):
             with self.subTest(target):
                 self.assertEqual(set(self.compile(trace, target)[1]), {architecture})
+
+    def test_no_cuda_toolkit_is_needed(self) -> None:
+        from torch.utils import cpp_extension
+
+        (trace,) = (json.loads(p.read_text()) for p in (self.folder / "mlp-forward").glob("*.json"))
+        with mock.patch.object(cpp_extension, "CUDA_HOME", None):
+            self.assertEqual(self.compile(trace, "sm_90")[1], [90])
 
     def test_an_unknown_gpu_is_an_error_that_names_those_there_are(self) -> None:
         (trace,) = (json.loads(p.read_text()) for p in (self.folder / "mlp-forward").glob("*.json"))

@@ -150,9 +150,19 @@ class Toolchain:
         folder = self._folder("stubs", [torch.__file__])
         stub = folder / "libtorch_cpu.so"
         if not stub.exists():
-            library = os.path.join(os.path.dirname(torch.__file__), "lib", stub.name)
-            _build_stub(library, stub)
-            _build_stub(None, folder / "libtorch.so")
+            _build_stub(folder / "libtorch.so", [])
+            _build_stub(stub, _symbols_for_programs(stub.name))
+        return str(folder)
+
+    def gpu_stubs(self) -> str:
+        """The same with a libtorch_cuda.so, and the driver's library, which a machine without
+        a GPU lacks.
+        """
+        folder = self._folder("gpu-stubs", [torch.__file__])
+        stub = folder / "libtorch_cuda.so"
+        if not stub.exists():
+            _build_stub(folder / "libcuda.so", _DRIVER_FUNCTIONS, soname="libcuda.so.1")
+            _build_stub(stub, _symbols_for_programs(stub.name))
         return str(folder)
 
     def _program_header(self, header: str, command: dict[str, Any]) -> _Build:
@@ -266,18 +276,29 @@ def _model_base_overlay() -> str | None:
     return text.replace("#include <regex>\n", "#include <functional>\n#include <sstream>\n")
 
 
-def _build_stub(library: str | None, stub: Path) -> None:
-    symbols: list[str] = []
-    if library is not None:
-        listing = subprocess.run(
-            ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
-        ).stdout
-        names = (line.rsplit(" ", 1)[-1] for line in listing.splitlines())
-        symbols = [n.split("@")[0] for n in names if n.startswith("aoti_torch_")]
+# What programs call of the driver (torch/csrc/inductor/aoti_runtime/utils_cuda.h and
+# cpp_wrapper_gpu.py, torch 2.11.0).
+_DRIVER_FUNCTIONS = [
+    "cuFuncSetAttribute", "cuGetErrorString", "cuLaunchKernel", "cuLaunchKernelEx",
+    "cuModuleGetFunction", "cuModuleLoad", "cuModuleLoadData", "cuModuleUnload",
+    "cuTensorMapEncodeTiled",
+]  # fmt: skip
+
+
+def _symbols_for_programs(library: str) -> list[str]:
+    path = os.path.join(os.path.dirname(torch.__file__), "lib", library)
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True
+    ).stdout
+    names = (line.rsplit(" ", 1)[-1] for line in listing.splitlines())
+    return [n.split("@")[0] for n in names if n.startswith("aoti_torch_")]
+
+
+def _build_stub(stub: Path, symbols: list[str], soname: str | None = None) -> None:
     scratch = stub.with_name(f".{os.getpid()}.{stub.name}")
     subprocess.run(
         [cpp_builder.get_cpp_compiler(), "-shared", "-nostdlib", "-x", "assembler", "-",
-         f"-Wl,-soname,{stub.name}", "-o", str(scratch)],
+         f"-Wl,-soname,{soname or stub.name}", "-o", str(scratch)],
         input="".join(f".globl {s}\n.type {s},@function\n{s}:\n" for s in symbols)
         + '.section .note.GNU-stack,"",@progbits\n',
         text=True, capture_output=True, check=True,

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -454,9 +455,28 @@ def _run_compile_cmd(command_line: str, cwd: str) -> None:
     _stock_run_compile_cmd(command_line, cwd)
 
 
+# Of what `get_cpp_torch_device_options` returns.
+_LIBRARY_DIRS = 4
+
+
+@contextlib.contextmanager
+def cuda_home_of_the_wheels() -> Iterator[None]:
+    """Where there is no CUDA toolkit, its headers lie in a wheel beside torch."""
+    from torch.utils import cpp_extension
+
+    wheels = Path(torch.__file__).parents[1] / "nvidia"
+    homes = sorted(p.parents[1] for p in wheels.glob("*/include/cuda.h"))
+    if cpp_extension.CUDA_HOME is not None or not homes:
+        yield
+        return
+    with in_force(iter([(cpp_extension, "CUDA_HOME", str(homes[-1]))])):
+        yield
+
+
 def _toolchain_patches(toolchain: Toolchain) -> Iterator[tuple[Any, str, Any]]:
     stock_write_header = cpp_wrapper_cpu.CppWrapperCpu.write_header
     stock_torch_args = cpp_builder._get_torch_related_args
+    stock_device_options = cpp_builder.get_cpp_torch_device_options
 
     def write_header(self) -> None:
         stock_write_header(self)
@@ -488,6 +508,16 @@ def _toolchain_patches(toolchain: Toolchain) -> Iterator[tuple[Any, str, Any]]:
             library_dirs = [toolchain.libtorch_stubs()]
         return include_dirs, library_dirs, libraries
 
+    def get_device_options(device_type: str, aot_mode: bool = False, compile_only: bool = False):
+        if device_type != "cuda":
+            return stock_device_options(device_type, aot_mode, compile_only)
+        with cuda_home_of_the_wheels():
+            options = list(stock_device_options(device_type, aot_mode, compile_only))
+        if aot_mode:
+            options[_LIBRARY_DIRS] = [toolchain.gpu_stubs(), *options[_LIBRARY_DIRS]]
+        return tuple(options)
+
+    yield cpp_builder, "get_cpp_torch_device_options", get_device_options
     yield cpp_wrapper_cpu.CppWrapperCpu, "write_header", write_header
     yield codecache, "_precompile_header", precompile_header
     yield cpp_builder, "_get_torch_related_args", get_torch_related_args
