@@ -26,13 +26,13 @@ Ended train(const Settings& settings, const std::vector<std::string>& arguments 
 }
 
 /// It ended well, with values like eager's.
-void expect_right(const Ended& ended, int status = 0) {
+void expect_right(const Ended& ended, int status = 0, double tolerance = 1e-4) {
   EXPECT_EQ(ended.signal, 0) << ended.output;
   EXPECT_EQ(ended.status, status) << ended.output;
   EXPECT_EQ(ended.count("device lazy"), 1u) << ended.output;
   const auto at = ended.output.find("difference ");
   ASSERT_NE(at, std::string::npos) << ended.output;
-  EXPECT_LT(std::stod(ended.output.substr(at + 11)), 1e-4) << ended.output;
+  EXPECT_LT(std::stod(ended.output.substr(at + 11)), tolerance) << ended.output;
 }
 
 TEST(Linking, AProgramThatNamesNothingOfRepriseGetsTheDevice) {
@@ -292,7 +292,7 @@ TEST(CacheFolder, AKilledCompilerLeavesAUsableStore) {
     const Ended ended = run_child({"timeout", "-s", "KILL", std::to_string(seconds(generator)), program.string(),
                                    "scale", "60", std::to_string(0.5 + k * 0.001)}, settings);
     killed += ended.status == 137 || ended.signal == SIGKILL;
-    if (ended.status == 0) expect_right(ended);
+    if (ended.status == 0) expect_right(ended, 0, 1e-3);  // of some 2000: a few units
     const Ended checked = verify();
     EXPECT_EQ(checked.status, 0) << "after kill " << k << ": " << checked.output;
   }
