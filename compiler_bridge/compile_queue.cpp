@@ -264,6 +264,8 @@ bool CompileQueue::open_compiler(std::string* problem) {
 namespace {
 /// The program's runner, which captures its launches where the device has graphs.
 std::shared_ptr<Runner> as_graph(const Program& program) {
+  const c10::Device device = backing_device_of(program.device_index);
+  if (device.is_cpu()) return program.runner;
   std::vector<bool> written(program.inputs.size());
   std::set<uint32_t> slots;
   for (const StepPtr& step : program.steps) {
@@ -273,8 +275,7 @@ std::shared_ptr<Runner> as_graph(const Program& program) {
     const ProgramInput& input = program.inputs[k];
     written[k] = input.kind == ProgramInput::Kind::kSlot && slots.count(input.index) > 0;
   }
-  return with_cuda_graph(program.runner, backing_device_of(program.device_index),
-                         std::move(written));
+  return with_cuda_graph(program.runner, device, std::move(written));
 }
 }  // namespace
 

@@ -11,11 +11,6 @@ namespace {
 
 using Functions = LazySizes;
 
-torch::Tensor given(torch::Device device, torch::IntArrayRef sizes, uint64_t seed) {
-  torch::manual_seed(seed);
-  return torch::randn(sizes).to(device);
-}
-
 /// Times that a function's body has been run.
 struct Count {
   std::shared_ptr<int> runs = std::make_shared<int>(0);

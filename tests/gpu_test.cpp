@@ -18,11 +18,6 @@ class Gpu : public ::testing::Test {
   }
 };
 
-torch::Tensor given(torch::Device device, torch::IntArrayRef sizes, uint64_t seed) {
-  torch::manual_seed(seed);
-  return torch::randn(sizes).to(device);
-}
-
 torch::nn::Sequential network(torch::Device device) {
   torch::manual_seed(1);
   torch::nn::Sequential net(torch::nn::Linear(8, 32), torch::nn::ReLU(), torch::nn::Linear(32, 32),

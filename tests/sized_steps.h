@@ -18,6 +18,12 @@ class LazySizes : public Lazy {
   }
 };
 
+/// The same numbers on every device.
+inline torch::Tensor given(torch::Device device, torch::IntArrayRef sizes, uint64_t seed) {
+  torch::manual_seed(seed);
+  return torch::randn(sizes).to(device);
+}
+
 /// The same strides, and all that `expect_close` asks.
 inline void expect_all_close(const Tensors& actual, const Tensors& expected, double tolerance) {
   ASSERT_EQ(actual.size(), expected.size());

@@ -86,6 +86,9 @@ class CrossCompile(unittest.TestCase):
             env=os.environ | {"REPRISE_BACKING": "cpu", "REPRISE_CACHE_DIR": str(cls.folder / "none")},
         )  # fmt: skip
 
+    def traces(self, model: str) -> list[dict]:
+        return [json.loads(p.read_text()) for p in (self.folder / model).glob("*.json")]
+
     def compile(self, trace: dict, target: str) -> tuple[Compiled, list[int]]:
         package = self.folder / "program.pt2"
         self.builder.compile(json.dumps(trace | {"target": target}), str(package))
@@ -94,7 +97,7 @@ class CrossCompile(unittest.TestCase):
     def test_every_model_of_the_zoo(self) -> None:
         rows = []
         for folder in sorted(p for p in self.folder.iterdir() if p.is_dir() and "-" in p.name):
-            traces = [json.loads(p.read_text()) for p in folder.glob("*.json")]
+            traces = self.traces(folder.name)
             self.assertTrue(traces, f"{folder.name} was not recorded")
             trace = max(traces, key=lambda t: len(t["steps"]))
             with self.subTest(folder.name):
@@ -145,7 +148,7 @@ class CrossCompile(unittest.TestCase):
             self.assertIn(weight.numpy().tobytes(), library)
 
     def test_the_named_gpu_is_the_one_compiled_for(self) -> None:
-        (trace,) = (json.loads(p.read_text()) for p in (self.folder / "mlp-forward").glob("*.json"))
+        (trace,) = self.traces("mlp-forward")
         for target, architecture in (("A100", 80), ("sm_89", 89), ("B200", 100)):
             with self.subTest(target):
                 self.assertEqual(set(self.compile(trace, target)[1]), {architecture})
@@ -153,12 +156,12 @@ class CrossCompile(unittest.TestCase):
     def test_no_cuda_toolkit_is_needed(self) -> None:
         from torch.utils import cpp_extension
 
-        (trace,) = (json.loads(p.read_text()) for p in (self.folder / "mlp-forward").glob("*.json"))
+        (trace,) = self.traces("mlp-forward")
         with mock.patch.object(cpp_extension, "CUDA_HOME", None):
             self.assertEqual(self.compile(trace, "sm_90")[1], [90])
 
     def test_an_unknown_gpu_is_an_error_that_names_those_there_are(self) -> None:
-        (trace,) = (json.loads(p.read_text()) for p in (self.folder / "mlp-forward").glob("*.json"))
+        (trace,) = self.traces("mlp-forward")
         with self.assertRaisesRegex(ValueError, "'sm_12'; known are sm_80, A100"):
             self.compile(trace, "sm_12")
 

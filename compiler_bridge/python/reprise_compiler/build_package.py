@@ -97,7 +97,7 @@ def fake_inputs(
     quarter of the time that a large graph takes; what it adds, a checked and
     serialisable program, is not used. The shape environment is needed for
     dynamic scalars, which are symbols in it. Weights of a package that is exported stay
-    what they are.
+    what they are, but for one whose target is not there: these are claimed to be on it.
     """
     weights = any(True for _ in program.module.buffers())
     shape_env = symbols.shape_env if symbols is not None else ShapeEnv()

@@ -68,10 +68,14 @@ def _lerp(x: Any, end: Any, weight: Any) -> torch.Tensor:
 
 
 def _clamp(x: Any, low: Any = None, high: Any = None) -> torch.Tensor:
+    """Bounds are numbers, tensors of no dimension that promote as they do, or None."""
+    dtype = torch.result_type(x, 0.5)
+    x = x.to(dtype)
     for bound, choose in ((low, torch.maximum), (high, torch.minimum)):
-        if bound is not None:
-            dtype = torch.result_type(x, 0.5)
-            x = choose(x.to(dtype), torch.as_tensor(bound, dtype=dtype, device=x.device))
+        if isinstance(bound, torch.Tensor):
+            x = choose(x, bound.to(dtype))
+        elif bound is not None:
+            x = choose(x, torch.scalar_tensor(bound, dtype=dtype, device=x.device))
     return x
 
 

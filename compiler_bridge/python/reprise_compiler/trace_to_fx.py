@@ -150,22 +150,6 @@ _CLAMPS = {
 }
 
 
-def _clamp(x: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
-    """Bounds are numbers, tensors of no dimension that promote as they do, or None."""
-    dtype = torch.result_type(x, 0.5)
-    x = x.to(dtype)
-    for bound, choose in ((low, torch.maximum), (high, torch.minimum)):
-        if isinstance(bound, torch.Tensor):
-            x = choose(x, bound.to(dtype))
-        elif bound is not None:
-            x = choose(x, torch.scalar_tensor(bound, dtype=dtype, device=x.device))
-    return x
-
-
-def _clamp_in_place(x: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
-    return x.copy_(_clamp(x, low, high))
-
-
 _SUB_AS_ADD = {
     _aten.sub.Tensor: _aten.add.Tensor,
     _aten.sub_.Tensor: _aten.add_.Tensor,
@@ -192,6 +176,7 @@ class _GraphBuilder:
     def __init__(self, trace: dict[str, Any], retargeted: bool = False) -> None:
         self.trace = trace
         self.retargeted = retargeted
+        self.on_cpu = torch.device(trace["device"]).type == "cpu"
         self.graph = Graph()
         self.values: dict[int, Node] = {}
         self.scalars: dict[int, Node] = {}
@@ -230,7 +215,7 @@ class _GraphBuilder:
         for k in range(len(hints) - numbers, len(hints)):
             told = self.graph.placeholder(f"number_{k}")
             self.symbols[k] = self.graph.call_function(torch.ops.aten.sym_size.int, (told, 0))
-        if torch.device(self.trace["device"]).type == "cpu":
+        if self.on_cpu:
             for k, spec in enumerate(self.trace["inputs"]):
                 if spec["kind"] == "scalar":
                     self.scalar(k)
@@ -359,9 +344,8 @@ class _GraphBuilder:
         if op not in _CLAMPS or not any(isinstance(b, Node) for b in positional[1:]):
             return op
         inputs = {scalar: self.values[k] for k, scalar in self.scalars.items()}
-        low, high = (*(inputs.get(bound, bound) for bound in positional[1:]), None)[:2]
-        positional[1:] = (high, low) if "clamp_max" in op.__name__ else (low, high)
-        return _clamp_in_place if op._schema.is_mutable else _clamp
+        positional[1:] = [inputs.get(bound, bound) for bound in positional[1:]]
+        return device_scalars.function_of(op).target
 
     def refuse_overlapping_writes(
         self, schema: Any, positional: list[Any], keywords: dict[str, Any]
@@ -448,9 +432,7 @@ class _GraphBuilder:
             case "value":
                 return self.value(content)
             case "scalar":
-                if torch.device(self.trace["device"]).type != "cpu":
-                    return _NumberOnTheDevice(content)
-                return self.scalar(content)
+                return self.scalar(content) if self.on_cpu else _NumberOnTheDevice(content)
             case "int" | "bool" | "str":
                 return content
             case "expr":
