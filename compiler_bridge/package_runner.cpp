@@ -11,17 +11,17 @@ namespace reprise {
 namespace {
 
 /// A program without any computation is made for the CPU, wherever its inputs are.
-bool runs_on_gpu(const std::string& path) {
+bool runs_on_gpu(const std::string& path, const std::string& name) {
   const auto metadata =
-      torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
+      torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, name);
   const auto device = metadata.find("AOTI_DEVICE_KEY");
   return device != metadata.end() && device->second != "cpu";
 }
 
-class CpuRunner final : public Runner {
+class CpuRunner final : public PackageRunner {
  public:
-  explicit CpuRunner(const std::string& path)
-      : loader_(path, "model", /*run_single_threaded=*/false, calls_at_once()) {}
+  CpuRunner(const std::string& path, const std::string& name)
+      : loader_(path, name, /*run_single_threaded=*/false, calls_at_once()) {}
   std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
     if (C10_LIKELY(called_.load(std::memory_order_acquire))) {
       return loader_.boxed_run(std::move(inputs));
@@ -33,6 +33,7 @@ class CpuRunner final : public Runner {
     called_.store(true, std::memory_order_release);
     return outputs;
   }
+  torch::inductor::AOTIModelPackageLoader& loader() override { return loader_; }
 
  private:
   /// More wait for one that ends.
@@ -49,14 +50,15 @@ class CpuRunner final : public Runner {
 /// Calls wait for each other on the host; what they launch does not. A package that serves
 /// several calls at once records events, and cannot be captured as a graph
 /// (aoti_runtime/model_base.h, torch 2.11).
-class GpuRunner final : public Runner {
+class GpuRunner final : public PackageRunner {
  public:
-  GpuRunner(const std::string& path, c10::DeviceIndex index)
-      : loader_(path, "model", /*run_single_threaded=*/true, /*num_runners=*/1, index) {}
+  GpuRunner(const std::string& path, const std::string& name, c10::DeviceIndex index)
+      : loader_(path, name, /*run_single_threaded=*/true, /*num_runners=*/1, index) {}
   std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
     const std::lock_guard lock(mutex_);
     return loader_.boxed_run(std::move(inputs));
   }
+  torch::inductor::AOTIModelPackageLoader& loader() override { return loader_; }
 
  private:
   std::mutex mutex_;
@@ -65,9 +67,10 @@ class GpuRunner final : public Runner {
 
 }  // namespace
 
-std::shared_ptr<Runner> load_package_runner(const std::string& path, c10::Device device) {
-  if (device.is_cpu() || !runs_on_gpu(path)) return std::make_shared<CpuRunner>(path);
-  return std::make_shared<GpuRunner>(path, device.index());
+std::shared_ptr<PackageRunner> load_package_runner(const std::string& path, c10::Device device,
+                                                   const std::string& name) {
+  if (device.is_cpu() || !runs_on_gpu(path, name)) return std::make_shared<CpuRunner>(path, name);
+  return std::make_shared<GpuRunner>(path, name, device.index());
 }
 
 }  // namespace reprise

@@ -7,10 +7,22 @@
 
 #include "lazy_backend/program.h"
 
+namespace torch::inductor {
+class AOTIModelPackageLoader;
+}
+
 namespace reprise {
 
-/// Loads the package at `path`, which was made for `device`. On a GPU it runs on the calling
-/// thread's current stream. Throws where it is damaged or made for another torch or device.
-std::shared_ptr<Runner> load_package_runner(const std::string& path, c10::Device device);
+/// A loaded package.
+class PackageRunner : public Runner {
+ public:
+  virtual torch::inductor::AOTIModelPackageLoader& loader() = 0;
+};
+
+/// Loads the program `name` of the package at `path`, which was made for `device`. On a GPU it
+/// runs on the calling thread's current stream. Throws where it is damaged or made for another
+/// torch or device.
+std::shared_ptr<PackageRunner> load_package_runner(const std::string& path, c10::Device device,
+                                                   const std::string& name = "model");
 
 }  // namespace reprise

@@ -63,21 +63,34 @@ struct Replace {
   void in(T&) {}
 };
 
+/// Tensors of a module, by the names that it gives them.
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+template <class Module>
+NamedTensors named_tensors(const Module& module) {
+  NamedTensors named;
+  for (const auto& each : module.named_parameters()) named.emplace_back(each.key(), each.value());
+  for (const auto& each : module.named_buffers()) named.emplace_back(each.key(), each.value());
+  return named;
+}
+
 /// `body` runs the function on the example with these tensors in it.
 REPRISE_API void export_function(Pack&& arguments,
                                  c10::function_ref<Pack(const std::vector<at::Tensor>&)> body,
-                                 const std::string& path, const ExportOptions& options);
+                                 const NamedTensors& named, const std::string& path,
+                                 const ExportOptions& options);
 
 }  // namespace detail
 
 /// Runs a function or a module once on the example arguments, whose tensors are lazy, and
 /// writes what it did to `path` (`.pt2`, replaced whole or not at all) as an AOTInductor
-/// package for the backing device, or for another (`options.target`). Tensors that it uses beside its arguments go in as
-/// weights, with the values that they have now.
+/// package for the backing device, or for another (`options.target`). Tensors that it uses
+/// beside its arguments go in as weights, with the values that they have now; those of a
+/// module keep their names.
 ///
 /// The package runs in any program that links libtorch of the same version
-/// (`torch::inductor::AOTIModelPackageLoader`), and in Python
-/// (`torch._inductor.aoti_load_package`). It takes the tensors among the arguments one by
+/// (`torch::inductor::AOTIModelPackageLoader`), in Python
+/// (`torch._inductor.aoti_load_package`), and as a module (`load_package`). It takes the tensors among the arguments one by
 /// one, in order, as tensors of the backing device, and returns those of the result.
 /// Arguments that are no tensors are constants of it.
 ///
@@ -111,7 +124,13 @@ void export_package(F function, const std::tuple<Args...>& example, const std::s
     std::apply(call, other);
     return result;
   };
-  detail::export_function(std::move(arguments), body, path, options);
+  detail::NamedTensors named;
+  if constexpr (detail::ModuleHolder<F>) {
+    named = detail::named_tensors(*function);
+  } else if constexpr (detail::AnyModule<F>) {
+    named = detail::named_tensors(*function.ptr());
+  }
+  detail::export_function(std::move(arguments), body, named, path, options);
 }
 
 }  // namespace reprise

@@ -10,3 +10,4 @@
 #include "reprise/export.h"
 #include "reprise/metrics.h"
 #include "reprise/options.h"
+#include "reprise/package.h"

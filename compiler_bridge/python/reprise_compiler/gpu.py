@@ -212,7 +212,8 @@ def claim_weights(module: torch.nn.Module, device: torch.device) -> None:
     for name, weight in list(module.named_buffers()):
         _weights[name] = weight
         claim = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=device)
-        module.register_buffer(name, claim)
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner).register_buffer(leaf, claim)
 
 
 def _weight(self: GraphLowering, name: str) -> torch.Tensor:

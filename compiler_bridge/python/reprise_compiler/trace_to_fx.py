@@ -201,9 +201,15 @@ class _GraphBuilder:
         # Where there is no such device, they are moved when the package is loaded.
         device = "cpu" if "target" in self.trace else self.trace["device"]
         others = [k for k in range(len(self.trace["inputs"])) if k not in self.values]
-        for k, weight in zip(others, weights, strict=True):
-            self.root.register_buffer(f"weight_{k}", weight.to(device))
-            self.values[k] = self.graph.get_attr(f"weight_{k}")
+        for k, name, weight in zip(others, export["names"], weights, strict=True):
+            *modules, leaf = name.split(".")
+            owner = self.root
+            for module in modules:
+                if not hasattr(owner, module):
+                    owner.add_module(module, torch.nn.Module())
+                owner = getattr(owner, module)
+            owner.register_buffer(leaf, weight.to(device))
+            self.values[k] = self.graph.get_attr(name)
 
     def build(self) -> Graph:
         self.add_inputs()

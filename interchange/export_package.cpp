@@ -10,10 +10,12 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <optional>
 
 #include "compiler_bridge/compile_queue.h"
 #include "compiler_bridge/trace_writer.h"
+#include "interchange/package_metadata.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/function_trace.h"
 #include "lazy_backend/interpreter.h"
@@ -21,6 +23,7 @@
 #include "lazy_backend/session.h"
 #include "reprise/export.h"
 #include "symint/general_trace.h"
+#include "symint/symbols.h"
 
 namespace reprise {
 namespace {
@@ -198,11 +201,53 @@ std::string over_symbols(const Exported& first, const std::vector<at::Tensor>& a
   return general->text();
 }
 
+/// What a package of this trace wants of its arguments.
+ProgramInputs inputs_of(const std::string& trace, const std::vector<at::Tensor>& arguments,
+                        const std::vector<int64_t>& order, const std::vector<Mark>& marks,
+                        const std::vector<std::string>& names) {
+  const auto json = nlohmann::json::parse(trace);
+  ProgramInputs out;
+  for (size_t k = 0; k < order.size(); ++k) {
+    const auto& sizes = json.at("inputs").at(static_cast<size_t>(order[k])).at("sizes");
+    ProgramInputs::Input& input = out.inputs.emplace_back();
+    input.name = names.empty() ? "input_" + std::to_string(k) : names[k];
+    input.dtype = arguments[k].scalar_type();
+    for (const auto& size : sizes) {
+      const Expression expression = size.is_number() ? Expression::constant(size.get<int64_t>())
+                                                     : Expression::parse(size.get<std::string>());
+      if (expression.kind() == Expression::Kind::kSymbol) {
+        // What the user said of the size that is this symbol.
+        const auto symbol = static_cast<size_t>(expression.value());
+        if (out.symbols.size() <= symbol) out.symbols.resize(symbol + 1);
+        for (const Mark& mark : marks) {
+          if (mark.argument != k || mark.dim != static_cast<int64_t>(input.sizes.size())) continue;
+          const SymbolicTrace::Range range = Session::current().range_of(mark.symbol);
+          out.symbols[symbol] = {symbol_name(mark.symbol), range.least, range.most};
+        }
+      }
+      input.sizes.emplace_back(expression);
+    }
+  }
+  return out;
+}
+
+/// What a module calls the tensor that an input of the trace is; empty where it is none.
+std::string name_of(const ProgramInput& input, const LazyStorage& storage, const detail::NamedTensors& named) {
+  for (const auto& [name, tensor] : named) {
+    if (is_lazy(tensor) && lazy_storage(tensor) == &storage &&
+        Geometry(*tensor.unsafeGetTensorImpl()) == input.geometry) {
+      return name;
+    }
+  }
+  return "";
+}
+
 }  // namespace
 
 namespace detail {
 
-void export_function(Pack&& pack, Body body, const std::string& path, const ExportOptions& options) {
+void export_function(Pack&& pack, Body body, const NamedTensors& named, const std::string& path,
+                     const ExportOptions& options) {
   const std::vector<at::Tensor>& arguments = pack.tensors;
   const std::string file = std::filesystem::absolute(path).string();
   TORCH_CHECK_VALUE(file.ends_with(".pt2"), "reprise: export_package to '", path,
@@ -228,11 +273,14 @@ void export_function(Pack&& pack, Body body, const std::string& path, const Expo
   std::string trace = marks.empty() ? exported.trace : over_symbols(exported, arguments, marks, body);
 
   std::vector<c10::IValue> weights;
+  std::string weight_names;
   for (size_t input = 0; input < program.inputs.size(); ++input) {
     if (std::find(order.begin(), order.end(), static_cast<int64_t>(input)) != order.end()) continue;
     const ProgramInput& each = program.inputs[input];
     TORCH_CHECK(each.kind == ProgramInput::Kind::kSlot,
                 "reprise: export_package: a number in the function changes");
+    const std::string name = name_of(each, *run.inputs[each.index], named);
+    weight_names += (weights.empty() ? "" : ",") + json_text(name.empty() ? "weight_" + std::to_string(input) : name);
     weights.emplace_back(
         backing_tensor(run.inputs[each.index]->backing(), each.geometry).to(c10::kCPU).clone());
   }
@@ -251,13 +299,16 @@ void export_function(Pack&& pack, Body body, const std::string& path, const Expo
     names += (k > 0 ? "," : "") +
              (options.input_names.empty() ? "input_" + std::to_string(k) : options.input_names[k]);
   }
+  const ProgramInputs wanted = inputs_of(trace, arguments, order, marks, options.input_names);
   constexpr std::string_view kHeader = "{\"format\":1,";
   if (options.target) {
     trace.insert(kHeader.size(), "\"target\":" + json_text(options.target->architecture) + ",");
   }
   trace.insert(kHeader.size(), "\"export\":{\"arguments\":[" + numbers + "],\"weights\":" +
-                                   json_text(weights_file.path()) + ",\"metadata\":{\"inputs\":" +
-                                   json_text(names) + ",\"symbols\":" + json_text(text_of(marks)) + "}},");
+                                   json_text(weights_file.path()) + ",\"names\":[" + weight_names +
+                                   "],\"metadata\":{\"inputs\":" + json_text(names) + ",\"symbols\":" +
+                                   json_text(text_of(marks)) + "," + json_text(kInputsKey) + ":" +
+                                   json_text(text_of(wanted)) + "}},");
   CompileQueue::get().compile_package(trace, file);
 
   if (options.target) return;

@@ -1,0 +1,80 @@
+/// \file
+/// Programs from files, as modules: what Python exported or compiled, without Python.
+///
+/// ```cpp
+/// auto net = reprise::load_package("resnet.pt2");     // torch.export.save, or AOTInductor
+/// net->to(torch::kLazy);
+/// torch::optim::SGD optimizer(net->parameters(), 0.01);  // a program of torch.export trains
+/// auto loss = torch::nn::functional::cross_entropy(net->forward(images), labels);
+/// ```
+#pragma once
+
+#include <torch/nn/module.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "reprise/export_macros.h"
+
+namespace reprise {
+
+namespace detail {
+class LoadedProgram;
+}
+
+/// A program from a file. Its parameters and buffers have the names that they had in Python,
+/// in submodules; values that are copied into them (or set by `set_data`) are used by the
+/// next call. A parameter of several names has the first one. Calls may come from several
+/// threads at once, as to any module.
+class REPRISE_API LoadedModule : public torch::nn::Module {
+ public:
+  explicit LoadedModule(std::unique_ptr<detail::LoadedProgram> program);
+  ~LoadedModule() override;
+
+  /// Of one tensor, the first result: for `torch::nn::Sequential` and `torch::nn::AnyModule`.
+  at::Tensor forward(const at::Tensor& input);
+
+  /// Takes the tensors among the program's arguments, in order, and gives its results: a
+  /// number as a 0-dim tensor of the host, None as an undefined tensor. An integer among its
+  /// arguments that may change is taken as a tensor with one element.
+  ///
+  /// Throws c10::ValueError, which names input and dimension, where number, rank or sizes do
+  /// not fit; c10::TypeError for another dtype; c10::Error where a compiled program gets
+  /// tensors of a device that it is not made for; and what its ops throw.
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs);
+
+  /// Names of the inputs, as Python had them; `input_0` and so on where the file names none.
+  const std::vector<std::string>& input_names() const;
+
+  /// A program of torch.export does what it did when it was exported, in training or in
+  /// evaluation. From the first call of this (or `eval()`) on, ops that have a flag for it
+  /// (dropout, batch norm) do as they are told. A compiled program is what it is.
+  void train(bool on = true) override;
+
+ private:
+  std::unique_ptr<detail::LoadedProgram> program_;
+  std::vector<at::Tensor> weights_;
+  std::optional<bool> training_;
+};
+
+struct LoadOptions {
+  /// Which program of a file that has several; empty: the only one.
+  std::string entry = "";
+};
+
+/// Reads a `.pt2` file:
+///
+/// - A program that Python's `torch.export.save` wrote. Its ops run like those of C++ code:
+///   on every device, compiled on the lazy one, with gradients. Sizes that were dynamic stay so.
+/// - An AOTInductor package, made by `reprise::export_package` or by Python's
+///   `torch._inductor.aoti_compile_and_package`. It runs on the device that it was compiled
+///   for, on lazy tensors too, and gives no gradients.
+///
+/// Throws c10::Error, which names the file, where it is missing, damaged, of another kind or
+/// version, made for a device that is not there, or has ops that are not registered.
+REPRISE_API std::shared_ptr<LoadedModule> load_package(const std::string& path,
+                                                       const LoadOptions& options = {});
+
+}  // namespace reprise

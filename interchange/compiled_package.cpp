@@ -1,0 +1,207 @@
+#include "interchange/compiled_package.h"
+
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/library.h>
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <nlohmann/json.hpp>
+
+#include "interchange/package_metadata.h"
+#include "lazy_backend/storage.h"
+
+namespace reprise {
+namespace {
+
+/// Those that are loaded, by their key: an op of the dispatcher takes no pointer.
+struct Packages {
+  std::mutex mutex;
+  std::map<std::string, CompiledPackage*, std::less<>> all;
+  uint64_t next = 1;
+};
+Packages& packages() {
+  static auto* instance = new Packages;
+  return *instance;
+}
+
+std::vector<at::Tensor> run_package(c10::string_view key, at::TensorList inputs, at::TensorList weights) {
+  CompiledPackage* package = nullptr;
+  {
+    Packages& registry = packages();
+    const std::lock_guard lock(registry.mutex);
+    const auto found = registry.all.find(std::string_view(key.data(), key.size()));
+    TORCH_CHECK(found != registry.all.end(), "reprise: the package ", key, " is not loaded any more");
+    package = found->second;
+  }
+  return package->run_here(inputs.vec(), weights.vec());
+}
+
+TORCH_LIBRARY_FRAGMENT(reprise, m) {
+  m.def("run_package(str package, Tensor[] inputs, Tensor[] weights) -> Tensor[]");
+}
+TORCH_LIBRARY_IMPL(reprise, CPU, m) { m.impl("run_package", run_package); }
+TORCH_LIBRARY_IMPL(reprise, CUDA, m) { m.impl("run_package", run_package); }
+TORCH_LIBRARY_IMPL(reprise, Autograd, m) {
+  m.impl("run_package", torch::autograd::autogradNotImplementedFallback());
+}
+
+bool any_lazy(const std::vector<at::Tensor>& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& each) { return is_lazy(each); });
+}
+
+/// The device that the metadata name. Throws where it is not there.
+c10::Device device_of(const std::unordered_map<std::string, std::string>& metadata) {
+  const auto named = metadata.find("AOTI_DEVICE_KEY");
+  const c10::Device device(named == metadata.end() ? "cpu" : named->second);
+  TORCH_CHECK(device.is_cpu() || (device.is_cuda() && at::hasCUDA()), "it was compiled for ",
+              device.type(), ", and there is no such device here");
+  return device;
+}
+
+/// Packages that Python makes ask for `libtorch.so` by name, which a program that links the
+/// libraries behind it need not have loaded, and which is found beside these.
+void have_libtorch() {
+  static const bool once = [] {
+    Dl_info info;
+    if (::dladdr(reinterpret_cast<const void*>(&at::globalContext), &info) != 0 && info.dli_fname != nullptr) {
+      const auto folder = std::filesystem::path(info.dli_fname).parent_path();
+      ::dlopen((folder / "libtorch.so").c_str(), RTLD_LAZY | RTLD_LOCAL);
+    }
+    return true;
+  }();
+  (void)once;
+}
+
+/// How many arguments Python's calling convention says: the leaves of a tree.
+size_t leaves_of(const nlohmann::json& tree) {
+  if (tree.at("type").is_null()) return 1;
+  size_t count = 0;
+  for (const auto& child : tree.at("children_spec")) count += leaves_of(child);
+  return count;
+}
+
+std::optional<size_t> arguments_of(const std::vector<std::string>& call_spec) {
+  const auto spec = nlohmann::json::parse(call_spec.empty() ? "" : call_spec[0], nullptr, /*allow_exceptions=*/false);
+  if (!spec.is_array() || spec.size() != 2) return std::nullopt;
+  return leaves_of(spec[1]);
+}
+
+}  // namespace
+
+CompiledPackage::CompiledPackage(const std::string& path, const std::string& name)
+    : path_(path), device_(c10::kCPU) {
+  try {
+    const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, name);
+    device_ = device_of(metadata);
+    inputs_ = inputs_in(metadata);
+    have_libtorch();
+    runner_ = load_package_runner(path, device_, name);
+  } catch (const std::exception& error) {
+    const auto* known = dynamic_cast<const c10::Error*>(&error);
+    TORCH_CHECK(false, "reprise: the package '", path, "' cannot be loaded: ",
+                known != nullptr ? known->what_without_backtrace() : error.what());
+  }
+  if (inputs_) {
+    input_names_ = inputs_->names();
+  } else if (const auto count = arguments_of(runner_->loader().get_call_spec())) {
+    for (size_t k = 0; k < *count; ++k) input_names_.push_back("input_" + std::to_string(k));
+  }
+  Packages& registry = packages();
+  const std::lock_guard lock(registry.mutex);
+  key_ = path + "#" + std::to_string(registry.next++);
+  registry.all.emplace(key_, this);
+}
+
+CompiledPackage::~CompiledPackage() {
+  Packages& registry = packages();
+  const std::lock_guard lock(registry.mutex);
+  registry.all.erase(key_);
+}
+
+std::vector<detail::LoadedProgram::Weight> CompiledPackage::take_weights() {
+  std::map<std::string, at::Tensor> sorted;
+  for (const auto& [name, tensor] : runner_->loader().get_runner()->extract_constants_map(/*use_inactive=*/false)) {
+    // They lie in the package, which stays as long as one of them.
+    sorted[name] = at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), [keep = runner_](void*) {},
+                                 tensor.options());
+  }
+  std::vector<Weight> weights;
+  for (auto& [name, tensor] : sorted) {
+    weight_names_.push_back(name);
+    bound_.push_back(tensor.detach());  // which stays when the module gets another
+    weights.push_back({name, std::move(tensor), c10::isFloatingType(bound_.back().scalar_type())});
+  }
+  return weights;
+}
+
+std::vector<at::Tensor> CompiledPackage::run(const std::vector<at::Tensor>& weights,
+                                             const std::vector<at::Tensor>& inputs, std::optional<bool>) {
+  if (inputs_) {
+    inputs_->check(inputs);
+  } else {
+    TORCH_CHECK_VALUE(input_names_.empty() || inputs.size() == input_names_.size(), "reprise: '", path_, "' takes ",
+                      input_names_.size(), " tensors, and ", inputs.size(), " came");
+  }
+  const bool lazy_weights = any_lazy(weights);
+  if (!lazy_weights) bind(weights);
+  if (inputs.empty() && !lazy_weights) return run_here({}, {});
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("reprise::run_package", "")
+                             .typed<std::vector<at::Tensor>(c10::string_view, at::TensorList, at::TensorList)>();
+  return op.call(key_, inputs, lazy_weights ? at::TensorList(weights) : at::TensorList());
+}
+
+void CompiledPackage::bind(const std::vector<at::Tensor>& weights) {
+  const auto bound = [&] {
+    return std::equal(weights.begin(), weights.end(), bound_.begin(), bound_.end(),
+                      [](const at::Tensor& a, const at::Tensor& b) { return a.data_ptr() == b.data_ptr(); });
+  };
+  {
+    const std::shared_lock lock(mutex_);
+    if (bound()) return;
+  }
+  const std::unique_lock lock(mutex_);
+  if (bound()) return;
+  std::unordered_map<std::string, at::Tensor> named;
+  std::vector<at::Tensor> kept;
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const at::Tensor& weight = weights[k];
+    const at::Tensor& before = bound_[k];
+    TORCH_CHECK(weight.device().type() == device_.type(), "reprise: '", weight_names_[k], "' of '", path_,
+                "' lies on ", weight.device(), ", and the package was compiled for ", device_.type());
+    TORCH_CHECK_VALUE(weight.sizes() == before.sizes() && weight.scalar_type() == before.scalar_type(), "reprise: '",
+                      weight_names_[k], "' of '", path_, "': ", before.scalar_type(), before.sizes(),
+                      " expected, and ", weight.scalar_type(), weight.sizes(), " came");
+    // As the package's code reads them.
+    kept.push_back(weight.strides() == before.strides()
+                       ? weight.detach()
+                       : at::empty_strided(before.sizes(), before.strides(), weight.options()).copy_(weight.detach()));
+    named.emplace(weight_names_[k], kept.back());
+  }
+  runner_->loader().load_constants(named, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);
+  bound_ = std::move(kept);
+}
+
+std::vector<at::Tensor> CompiledPackage::run_here(const std::vector<at::Tensor>& inputs,
+                                                  const std::vector<at::Tensor>& weights) {
+  const c10::AutoGradMode no_grad(false);
+  for (size_t k = 0; k < inputs.size(); ++k) {
+    TORCH_CHECK(inputs[k].device().type() == device_.type(), "reprise: input ", k, " of '", path_, "' lies on ",
+                inputs[k].device(), ", and the package was compiled for ", device_.type());
+  }
+  if (!weights.empty()) bind(weights);
+  const std::shared_lock lock(mutex_);
+  return runner_->run(std::vector<at::Tensor>(inputs));
+}
+
+}  // namespace reprise

@@ -1,0 +1,37 @@
+/// \file
+/// A `.pt2` file: the zip archive that torch.export and AOTInductor write.
+///
+/// Layout: torch/export/pt2_archive/constants.py (torch 2.11). `models/NAME.json` is a
+/// program of torch.export; `data/aotinductor/NAME/` a package of AOTInductor.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <caffe2/serialize/inline_container.h>
+
+#include <string>
+#include <vector>
+
+namespace reprise {
+
+class Pt2Archive {
+ public:
+  /// Throws c10::Error, which names the file, where there is none or it is no whole archive.
+  explicit Pt2Archive(std::string path);
+
+  const std::string& path() const { return path_; }
+  /// The names of what lies in the folder `models` or `data/aotinductor`, in order.
+  std::vector<std::string> exported_programs() const;
+  std::vector<std::string> compiled_programs() const;
+
+  bool has(const std::string& record);
+  /// The bytes of a record. Throws c10::Error, which names file and record, without it.
+  std::string text(const std::string& record);
+  c10::Storage storage(const std::string& record);
+
+ private:
+  std::string path_;
+  caffe2::serialize::PyTorchStreamReader reader_;
+  std::vector<std::string> records_;
+};
+
+}  // namespace reprise

@@ -1,0 +1,279 @@
+// Programs from files: what Python exported or compiled runs here, and trains, without Python.
+#include <torch/csrc/jit/serialization/pickle.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+#include "reprise/reprise.h"
+#include "tests/child_process.h"
+#include "tests/sized_steps.h"
+
+namespace reprise::test {
+namespace {
+
+namespace F = torch::nn::functional;
+
+/// The files of tests/python/exported_models.py, made once.
+class Packages : public LazySizes {
+ protected:
+  static void SetUpTestSuite() {
+    const char* const python = std::getenv("REPRISE_TEST_PYTHON");
+    if (python == nullptr) return;
+    folder() = make_folder("packages-of-python");
+    const Ended made = run_child({python, "-B", REPRISE_TEST_SOURCES "/python/exported_models.py", folder()},
+                                 {{"OMP_NUM_THREADS", "1"}, {"CUDA_VISIBLE_DEVICES", ""}});
+    ASSERT_EQ(made.status, 0) << made.output;
+  }
+  static void TearDownTestSuite() {
+    if (!folder().empty()) std::filesystem::remove_all(folder());
+  }
+  void SetUp() override {
+    if (folder().empty()) GTEST_SKIP() << "REPRISE_TEST_PYTHON names no Python";
+    LazySizes::SetUp();
+  }
+  static std::string& folder() {
+    static std::string path;
+    return path;
+  }
+  static std::string path(const std::string& name) { return folder() + "/" + name; }
+
+  /// What Python got.
+  static std::map<std::string, Tensors> numbers_of(const std::string& name) {
+    std::ifstream file(path(name + ".numbers"), std::ios::binary);
+    const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
+    std::map<std::string, Tensors> numbers;
+    for (const auto& entry : torch::jit::pickle_load(bytes).toGenericDict()) {
+      Tensors& list = numbers[entry.key().toStringRef()];
+      for (const auto& item : entry.value().toListRef()) list.push_back(item.toTensor());
+    }
+    return numbers;
+  }
+};
+
+template <class Error = c10::Error, class Call>
+void expect_error(const Call& call, const std::string& part) {
+  try {
+    call();
+    ADD_FAILURE() << "nothing was thrown; expected: " << part;
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+  }
+}
+
+/// Losses of training steps like those of the script.
+template <class Optimizer, class Options>
+Tensors train(LoadedModule& net, const Options& options, std::map<std::string, Tensors>& numbers,
+              torch::Device device) {
+  Optimizer optimizer(net.parameters(), options);
+  Tensors losses;
+  for (size_t step = 0; step < numbers["losses"].size(); ++step) {
+    const size_t batch = step % numbers["inputs"].size();
+    const auto x = numbers["inputs"][batch].to(device), y = numbers["targets"][batch].to(device);
+    const auto loss = F::cross_entropy(net.forward(x).flatten(0, -2), y);
+    optimizer.zero_grad();
+    loss.backward();
+    optimizer.step();
+    losses.push_back(loss.detach());
+    if (device.is_lazy()) {
+      mark_step();
+      wait_for_compiles();
+    }
+  }
+  return losses;
+}
+
+void expect_losses(const Tensors& actual, const Tensors& expected) {
+  ASSERT_EQ(actual.size(), expected.size());
+  for (size_t k = 0; k < expected.size(); ++k) {
+    SCOPED_TRACE(c10::str("step ", k));
+    expect_close(actual[k], expected[k], 100);
+  }
+}
+
+TEST_F(Packages, AResNetOfTorchExportIsTrainedOnEveryDevice) {
+  auto numbers = numbers_of("resnet");
+  const auto options = torch::optim::SGDOptions(0.05).momentum(0.9);
+  for (const torch::Device device : {torch::Device(torch::kCPU), eager_device(), torch::Device(torch::kLazy)}) {
+    SCOPED_TRACE(device.str());
+    const Statistics before = statistics();
+    const auto net = load_package(path("resnet.pt2"));
+    net->to(device);
+    expect_losses(train<torch::optim::SGD>(*net, options, numbers, device), numbers["losses"]);
+    expect_close(net->named_buffers()["blocks.1.bn2.running_var"], numbers["buffers"][0], 100);
+    if (device.is_lazy()) {
+      EXPECT_GT(since(before).segments_replayed, 0u) << explain();
+    }
+  }
+}
+
+TEST_F(Packages, AGptOfTorchExportIsTrainedOnEveryDevice) {
+  auto numbers = numbers_of("gpt");
+  for (const torch::Device device : {torch::Device(torch::kCPU), eager_device(), torch::Device(torch::kLazy)}) {
+    SCOPED_TRACE(device.str());
+    const auto net = load_package(path("gpt.pt2"));
+    net->to(device);
+    expect_losses(train<torch::optim::AdamW>(*net, torch::optim::AdamWOptions(1e-3), numbers, device),
+                  numbers["losses"]);
+  }
+}
+
+TEST_F(Packages, ParametersHaveTheirNamesAndAreSharedAsInPython) {
+  const auto net = load_package(path("gpt.pt2"));
+  const auto named = net->named_parameters();
+  EXPECT_EQ(named.size(), 2u + 2u * 12u + 2u);  // the head's weight is that of the tokens
+  EXPECT_TRUE(named.contains("layers.1.mlp.2.bias"));
+  EXPECT_TRUE(named["tokens.weight"].requires_grad() || named["head.weight"].requires_grad());
+  EXPECT_EQ(net->input_names(), std::vector<std::string>{"text"});
+}
+
+/// All that a graph can have beside ops on tensors, and the same once it is functional.
+TEST_F(Packages, WhatPythonExportsDoesTheSame) {
+  auto numbers = numbers_of("features");
+  for (const std::string name : {"features", "decomposed"}) {
+    for (const torch::Device device : {torch::Device(torch::kCPU), torch::Device(torch::kLazy)}) {
+      if (device.is_lazy() && !eager_device().is_cpu()) continue;  // its autocast is that of the CPU
+      SCOPED_TRACE(c10::str(name, " on ", device));
+      const auto net = load_package(path(name + ".pt2"));
+      net->to(device);
+      const Tensors expected = numbers["outputs"];
+      const size_t each = expected.size() / 2;
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        for (size_t k = 0; k < 2; ++k) {
+          const Tensors outputs =
+              net->run({numbers["inputs"][k].to(device), numbers["signs"][k].to(device)});
+          ASSERT_EQ(outputs.size(), each);
+          for (size_t output = 0; output < each; ++output) {
+            SCOPED_TRACE(c10::str("output ", output));
+            const torch::Tensor& wanted = expected[k * each + output];
+            const bool count = wanted.dim() == 0 && wanted.equal(torch::tensor(static_cast<int64_t>(k + 1)));
+            if (!outputs[output].defined()) {
+              EXPECT_EQ(wanted.numel(), 0);
+            } else if (count) {
+              EXPECT_EQ(outputs[output].item<int64_t>(), static_cast<int64_t>(repeat * 2 + k + 1));
+            } else {
+              expect_close(outputs[output].cpu(), wanted, 10);
+            }
+          }
+        }
+        if (device.is_lazy()) {
+          mark_step();
+          wait_for_compiles();
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Packages, TrainAndEvalAreForwardedToTheOps) {
+  auto numbers = numbers_of("features");
+  const auto net = load_package(path("features.pt2"));
+  const auto mean = net->named_buffers()["norm.running_mean"];
+  net->run({numbers["inputs"][1], numbers["signs"][1]});
+  EXPECT_TRUE(mean.equal(torch::zeros(6)));  // as it was exported
+  net->train();
+  const Tensors outputs = net->run({numbers["inputs"][1], numbers["signs"][1]});
+  expect_close(mean, numbers["mean"][0], 10);
+  net->eval();
+  net->run({numbers["inputs"][1], numbers["signs"][1]});
+  expect_close(mean, numbers["mean"][0], 10);
+}
+
+TEST_F(Packages, WrongInputsAreNamed) {
+  const auto net = load_package(path("features.pt2"));
+  const auto sign = torch::ones(2);
+  expect_error<c10::ValueError>([&] { net->run({torch::ones({4, 6})}); }, "takes 2 tensors, and 1 came");
+  expect_error<c10::ValueError>([&] { net->run({torch::ones({40, 6}), sign}); },
+                                "input 0 (x) dimension 0: 2 to 32 expected, and 40 came");
+  expect_error<c10::ValueError>([&] { net->run({torch::ones({4, 5}), sign}); },
+                                "input 0 (x) dimension 1: 6 expected, and 5 came");
+  expect_error<c10::ValueError>([&] { net->run({torch::ones({24}), sign}); }, "2 dimensions expected, and 1 came");
+  expect_error<c10::TypeError>([&] { net->run({torch::ones({4, 6}, torch::kDouble), sign}); },
+                               "Float expected, and Double came");
+  EXPECT_EQ(net->run({torch::ones({4, 6}), sign}).size(), 11u);
+}
+
+TEST_F(Packages, APackageOfPythonsInductor) {
+  auto numbers = numbers_of("compiled");
+  const auto net = load_package(path("compiled.pt2"));
+  expect_close(net->forward(numbers["inputs"][0]), numbers["outputs"][0], 10);
+  expect_close(net->forward(numbers["inputs"][1]), numbers["outputs"][1], 10);
+  // Its weights are those of the module, also when they get other memory.
+  auto weight = net->named_parameters()["2.weight"];
+  {
+    torch::NoGradGuard no_grad;
+    weight.mul_(2);
+  }
+  expect_close(net->forward(numbers["inputs"][0]), numbers["outputs"][2], 10);
+  weight.set_data(weight.detach() * 0.5);
+  expect_close(net->forward(numbers["inputs"][0]), numbers["outputs"][0], 10);
+  expect_error<c10::ValueError>([&] { net->run({}); }, "takes 1 tensors, and 0 came");
+}
+
+TEST_F(Packages, ACompiledPackageIsALinkOfALazyChain) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
+  auto numbers = numbers_of("compiled");
+  for (const bool moved : {false, true}) {
+    SCOPED_TRACE(moved);
+    const auto package = load_package(path("compiled.pt2"));
+    torch::nn::Sequential chain(torch::nn::Linear(6, 6), torch::nn::Tanh(), package, torch::nn::Linear(3, 2));
+    torch::NoGradGuard no_grad;
+    const auto x = numbers["inputs"][0];
+    const auto expected = chain->forward(x);
+    if (moved) {
+      chain->to(torch::kLazy);
+    } else {
+      for (const int k : {0, 3}) chain[k]->to(torch::kLazy);
+    }
+    for (int repeat = 0; repeat < 4; ++repeat) {
+      expect_close(chain->forward(x.to(torch::kLazy)), expected, 10);
+      mark_step();
+      wait_for_compiles();
+    }
+    package->named_parameters()["0.bias"].add_(1);
+    EXPECT_FALSE(torch::allclose(chain->forward(x.to(torch::kLazy)).cpu(), expected));
+  }
+}
+
+TEST_F(Packages, GradientsStopAtACompiledPackage) {
+  const auto net = load_package(path("compiled.pt2"));
+  const auto x = torch::randn({5, 6}).requires_grad_();
+  expect_error([&] { net->forward(x).sum().backward(); }, "derivative for reprise::run_package is not implemented");
+}
+
+TEST_F(Packages, FilesThatAreNone) {
+  expect_error([&] { load_package(path("missing.pt2")); }, "missing.pt2' is no file");
+  std::filesystem::copy_file(path("gpt.pt2"), path("short.pt2"));
+  std::filesystem::resize_file(path("short.pt2"), std::filesystem::file_size(path("short.pt2")) / 2);
+  expect_error([&] { load_package(path("short.pt2")); }, "short.pt2' is no whole .pt2 archive");
+  expect_error([&] { load_package(path("gpt.numbers")); }, "neither a program of torch.export nor one of AOTInductor");
+  expect_error<c10::ValueError>([&] { load_package(path("gpt.pt2"), {.entry = "decode"}); },
+                                "has no program 'decode', but model");
+}
+
+TEST_F(Packages, WhatIsExportedHereIsLoadedHere) {
+  torch::nn::Sequential net(torch::nn::Linear(4, 8), torch::nn::ReLU(), torch::nn::Linear(8, 2));
+  net->eval();
+  net->to(torch::kLazy);
+  auto x = torch::randn({3, 4}).to(torch::kLazy);
+  mark_dynamic(x, 0, {.name = "rows", .least = 2, .most = 16});
+  export_package(net, std::tuple(x), path("own.pt2"), {.input_names = {"features"}});
+  const auto loaded = load_package(path("own.pt2"));
+  EXPECT_EQ(loaded->input_names(), std::vector<std::string>{"features"});
+  torch::NoGradGuard no_grad;
+  net->to(eager_device());
+  for (const int64_t rows : {3, 7}) {
+    const auto y = torch::randn({rows, 4}).to(eager_device());
+    expect_close(loaded->forward(y), net->forward(y), 10);
+  }
+  EXPECT_TRUE(loaded->named_parameters().contains("0.weight"));
+  expect_error<c10::ValueError>([&] { loaded->forward(torch::randn({17, 4}).to(eager_device())); },
+                                "input 0 (features) dimension 0: rows, 2 to 16 expected, and 17 came");
+  expect_error<c10::ValueError>([&] { loaded->forward(torch::randn({3, 5}).to(eager_device())); },
+                                "input 0 (features) dimension 1: 4 expected, and 5 came");
+}
+
+}  // namespace
+}  // namespace reprise::test
