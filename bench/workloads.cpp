@@ -2,6 +2,8 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <cstdlib>
+
 #include "cpp_models/argon.h"
 #include "cpp_models/dcgan.h"
 #include "cpp_models/gpt.h"
@@ -25,6 +27,12 @@ constexpr int64_t kGptBatch = 4;
 constexpr int64_t kLstmBatch = 16;
 constexpr int64_t kLstmLength = 32;
 constexpr int64_t kPaths = int64_t{1} << 20;
+
+/// What REPRISE_BENCH_BATCH says, or `usual`: for the models whose batch can be any.
+int64_t batch(int64_t usual) {
+  const char* const wanted = std::getenv("REPRISE_BENCH_BATCH");
+  return wanted != nullptr ? std::atoll(wanted) : usual;
+}
 
 struct Example {
   torch::Tensor input;
@@ -163,8 +171,8 @@ Classification<cpp_models::Mlp> mlp() {
       [=] { return cpp_models::Mlp(options); },
       [=] {
         return Example{
-            torch::randn({kMlpBatch, options.inputs}),
-            torch::randint(options.outputs, {kMlpBatch}, torch::kLong)};
+            torch::randn({batch(kMlpBatch), options.inputs}),
+            torch::randint(options.outputs, {batch(kMlpBatch)}, torch::kLong)};
       }};
 }
 
@@ -174,8 +182,8 @@ Classification<cpp_models::ResNet> resnet() {
       [=] { return cpp_models::ResNet(options); },
       [=] {
         return Example{
-            torch::randn({kImageBatch, options.channels, kImageSize, kImageSize}),
-            torch::randint(options.classes, {kImageBatch}, torch::kLong)};
+            torch::randn({batch(kImageBatch), options.channels, kImageSize, kImageSize}),
+            torch::randint(options.classes, {batch(kImageBatch)}, torch::kLong)};
       }};
 }
 
@@ -183,7 +191,7 @@ Classification<cpp_models::LstmLm> lstm() {
   const cpp_models::LstmLmOptions options;
   return {
       [=] { return cpp_models::LstmLm(options); },
-      [=] { return random_text(kLstmBatch, kLstmLength, options.vocabulary); }};
+      [=] { return random_text(batch(kLstmBatch), kLstmLength, options.vocabulary); }};
 }
 
 Classification<cpp_models::Gpt> gpt(cpp_models::Attention attention) {
@@ -191,7 +199,7 @@ Classification<cpp_models::Gpt> gpt(cpp_models::Attention attention) {
   options.attention = attention;
   return {
       [=] { return cpp_models::Gpt(options); },
-      [=] { return random_text(kGptBatch, options.context, options.vocabulary); }};
+      [=] { return random_text(batch(kGptBatch), options.context, options.vocabulary); }};
 }
 
 Job dcgan_generation(const Place& where) {
@@ -199,7 +207,7 @@ Job dcgan_generation(const Place& where) {
   const cpp_models::DcganOptions options;
   cpp_models::DcganGenerator generator(options);
   return forward_job(
-      generator, torch::randn({kImageBatch, options.latent}), where,
+      generator, torch::randn({batch(kImageBatch), options.latent}), where,
       [](auto& module, const torch::Tensor& noise) { return module.forward(noise); });
 }
 
@@ -209,9 +217,9 @@ Job dcgan_training(const Place& where) {
   const cpp_models::DcganOptions options;
   cpp_models::DcganGenerator generator(options);
   cpp_models::DcganDiscriminator discriminator(options);
-  const auto noise = moved(torch::randn({kImageBatch, options.latent}), where);
+  const auto noise = moved(torch::randn({batch(kImageBatch), options.latent}), where);
   const auto images = moved(
-      torch::rand({kImageBatch, options.channels, options.image_size, options.image_size}),
+      torch::rand({batch(kImageBatch), options.channels, options.image_size, options.image_size}),
       where);
   move(*generator, where);
   move(*discriminator, where);

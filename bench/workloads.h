@@ -1,5 +1,6 @@
 /// The work that the benchmarks time: a forward pass and a training step of every
-/// model of the zoo, at the sizes it is typically run, and a chain of tiny ops.
+/// model of the zoo, at the sizes it is typically run (REPRISE_BENCH_BATCH=N: with batches of
+/// N where a model has batches), and a chain of tiny ops.
 #pragma once
 
 #include <torch/torch.h>
