@@ -3,6 +3,7 @@
 #ifdef REPRISE_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -13,6 +14,7 @@
 #include <optional>
 #include <string>
 
+#include "lazy_backend/input_places.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/metrics.h"
 #include "reprise/options.h"
@@ -119,135 +121,51 @@ class Graph {
   cudaGraphExec_t executable_ = nullptr;
 };
 
-class GraphedRunner final : public Runner {
+/// A graph of a program for inputs that lie as `places` says.
+class GraphedProgram {
  public:
-  GraphedRunner(std::shared_ptr<Runner> program, c10::Device device, std::vector<bool> written)
-      : program_(std::move(program)), device_(device), written_(std::move(written)) {}
-  ~GraphedRunner() override { drop_graph(); }
+  GraphedProgram(c10::Device device, const std::vector<bool>& written) : device_(device), written_(written) {}
+  ~GraphedProgram() { drop(); }
+  GraphedProgram(const GraphedProgram&) = delete;
+  GraphedProgram& operator=(const GraphedProgram&) = delete;
 
-  std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
-    if (given_up_.load(std::memory_order_relaxed)) return program_->run(std::move(inputs));
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    const c10::cuda::CUDAGuard guard(device_);
-    const bool free = lock.owns_lock() && at::cuda::currentStreamCaptureStatusMayInitCtx() ==
-                                              c10::cuda::CaptureStatus::None;
-    if (!free) return program_->run(std::move(inputs));
-    if (graph_ != nullptr) {
-      if (const auto moved = first_moved(inputs)) {
-        drop_graph();
-        begin_again(*moved);
-        return program_->run(std::move(inputs));
-      }
-      return replay(inputs);
-    }
-    if (!addresses_settled(inputs)) return program_->run(std::move(inputs));
-    if (!capture(inputs)) return program_->run(std::move(inputs));
-    return replay(inputs);
-  }
+  InputPlaces places;
+  uint64_t replays = 0;
 
-  std::string about() const override {
-    const std::lock_guard lock(mutex_);
+  bool captured() const { return graph_ != nullptr; }
+  /// Why there is no graph, and will be none; empty where there is one or may be.
+  const std::string& reason() const { return reason_; }
+  std::string about() const {
     if (!reason_.empty()) return "no CUDA graph: " + reason_;
     if (graph_ == nullptr) return "not yet a CUDA graph";
-    return c10::str("a CUDA graph of ", launches_, " launches, replayed ", replays_, "x; ", copied_.size(),
-                    " of ", inputs_.size(), " inputs are copied");
+    return c10::str("a CUDA graph of ", launches_, " launches, replayed ", replays, "x; ", copied_.size(), " of ",
+                    inputs_, " inputs are copied");
+  }
+  void give_up(std::string reason) { reason_ = std::move(reason); }
+
+  void drop() {
+    if (graph_ == nullptr) return;
+    graph_.reset();
+    outputs_.clear();
+    --graphs;
   }
 
- private:
-  /// Equal runs before launches are captured.
-  static constexpr int kRuns = 3;
-  /// Captures, where inputs that lay still have moved after all.
-  static constexpr int kCaptures = 8;
-  /// Below, launching them costs no more than launching the graph.
-  static constexpr size_t kFewLaunches = 4;
-  static constexpr size_t kMostCopiedBytes = size_t{64} << 20;
-
-  struct Input {
-    const void* address = nullptr;
-    bool moves = false;  ///< it came at different addresses
-    at::Tensor copy;     ///< where the graph reads one that moves
-  };
-
-  /// Memory of the graph's that holds an output.
-  struct Output {
-    std::shared_ptr<c10::Storage> memory;
-    c10::intrusive_ptr<c10::StorageImpl> given;  ///< to whoever called last
-    Geometry geometry;
-  };
-
-  static const void* address_of(const at::Tensor& tensor) {
-    return tensor.storage().data() == nullptr ? nullptr : tensor.const_data_ptr();
-  }
-
-  void give_up(std::string reason) {
-    reason_ = std::move(reason);
-    given_up_.store(true, std::memory_order_relaxed);
-  }
-
-  /// Notes where inputs lie. True once those that have not moved are known.
-  bool addresses_settled(const std::vector<at::Tensor>& inputs) {
-    if (runs_ == 0) inputs_.resize(inputs.size());
-    for (size_t k = 0; k < inputs.size(); ++k) {
-      const void* address = address_of(inputs[k]);
-      if (runs_ > 0 && address != inputs_[k].address) inputs_[k].moves = true;
-      inputs_[k].address = address;
-    }
-    return ++runs_ > kRuns;
-  }
-
-  std::optional<size_t> first_moved(const std::vector<at::Tensor>& inputs) const {
-    for (size_t k = 0; k < inputs.size(); ++k) {
-      if (!inputs_[k].moves && address_of(inputs[k]) != inputs_[k].address) return k;
-    }
-    return std::nullopt;
-  }
-
-  void begin_again(size_t moved) {
-    runs_ = 1;
-    inputs_[moved].moves = true;
-    if (++captures_ == kCaptures) give_up("inputs keep moving");
-  }
-
-  bool capturable(const std::vector<at::Tensor>& inputs) {
-    size_t bytes = 0;
-    for (size_t k = 0; k < inputs.size(); ++k) {
-      if (!inputs[k].is_cuda()) {
-        give_up(c10::str("input ", k, " is on the host"));
-      } else if (inputs_[k].moves && written_[k]) {
-        give_up(c10::str("input ", k, " is written, and is at another place each time"));
-      } else if (inputs_[k].moves && !inputs[k].is_non_overlapping_and_dense()) {
-        give_up(c10::str("input ", k, " is at another place each time, and is no dense tensor"));
-      } else {
-        bytes += inputs_[k].moves ? inputs[k].nbytes() : 0;
-        continue;
-      }
-      return false;
-    }
-    if (bytes > kMostCopiedBytes) {
-      give_up(c10::str(bytes >> 20, " MiB of its inputs are at another place each time"));
-      return false;
-    }
-    if (graphs.load() >= options().most_cuda_graphs) {
-      give_up(c10::str("there are ", graphs.load(), " graphs already"));
-      return false;
-    }
-    return true;
-  }
-
-  bool capture(const std::vector<at::Tensor>& inputs) {
+  bool capture(Runner& program, const std::vector<at::Tensor>& inputs) {
     if (!capturable(inputs)) return false;
+    inputs_ = inputs.size();
     std::vector<at::Tensor> fixed = inputs;
     copied_.clear();
+    copies_.clear();
     for (size_t k = 0; k < inputs.size(); ++k) {
-      if (!inputs_[k].moves) continue;
-      inputs_[k].copy = at::empty_strided(inputs[k].sizes(), inputs[k].strides(), inputs[k].options());
-      fixed[k] = inputs_[k].copy;
+      if (!places.moves(k)) continue;
+      fixed[k] = at::empty_strided(inputs[k].sizes(), inputs[k].strides(), inputs[k].options());
       copied_.push_back(k);
+      copies_.push_back(fixed[k]);
     }
     auto graph = std::make_unique<Graph>(device_.index());
     std::vector<at::Tensor> outputs;
     try {
-      outputs = graph->capture([&] { return program_->run(std::move(fixed)); });
+      outputs = graph->capture([&] { return program.run(std::move(fixed)); });
       launches_ = graph->launches();
       if (useful(inputs, outputs)) graph->instantiate();
     } catch (const std::exception& error) {
@@ -268,11 +186,70 @@ class GraphedRunner final : public Runner {
     return true;
   }
 
+  std::vector<at::Tensor> replay(const std::vector<at::Tensor>& inputs) {
+    const auto stream = at::cuda::getCurrentCUDAStream();
+    GraphDevice& device = graph_device(device_.index());
+    const std::lock_guard one_at_a_time(device.replaying);
+    if (C10_UNLIKELY(device.last_stream != stream)) {
+      if (device.last_stream) device.last_stream->synchronize();
+      device.last_stream = stream;
+    }
+    for (Output& output : outputs_) move_away(output, stream);
+    copy_inputs(inputs, stream);
+    graph_->launch(stream);
+    ++replays;
+    metrics().cuda_graph_replays.add(1);
+    std::vector<at::Tensor> results;
+    results.reserve(outputs_.size());
+    for (Output& output : outputs_) results.push_back(give(output));
+    return results;
+  }
+
+ private:
+  /// Below, launching them costs no more than launching the graph.
+  static constexpr size_t kFewLaunches = 4;
+  static constexpr size_t kMostCopiedBytes = size_t{64} << 20;
+  /// From so many on, one kernel that copies them all is faster to launch.
+  static constexpr size_t kManyCopies = 6;
+
+  /// Memory of the graph's that holds an output.
+  struct Output {
+    std::shared_ptr<c10::Storage> memory;
+    c10::intrusive_ptr<c10::StorageImpl> given;  ///< to whoever called last
+    Geometry geometry;
+  };
+
+  bool capturable(const std::vector<at::Tensor>& inputs) {
+    size_t bytes = 0;
+    for (size_t k = 0; k < inputs.size(); ++k) {
+      const bool moves = places.moves(k);
+      if (!inputs[k].is_cuda()) {
+        give_up(c10::str("input ", k, " is on the host"));
+      } else if (moves && written_[k]) {
+        give_up(c10::str("input ", k, " is written, and is at another place each time"));
+      } else if (moves && !inputs[k].is_non_overlapping_and_dense()) {
+        give_up(c10::str("input ", k, " is at another place each time, and is no dense tensor"));
+      } else {
+        bytes += moves ? inputs[k].nbytes() : 0;
+        continue;
+      }
+      return false;
+    }
+    if (bytes > kMostCopiedBytes) {
+      give_up(c10::str(bytes >> 20, " MiB of its inputs are at another place each time"));
+      return false;
+    }
+    if (graphs.load() >= options().most_cuda_graphs) {
+      give_up(c10::str("there are ", graphs.load(), " graphs already"));
+      return false;
+    }
+    return true;
+  }
+
   /// Whether to go on with what was captured.
   bool useful(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& outputs) {
-    if (launches_ < kFewLaunches + copied_.size()) {
-      give_up(c10::str("it is ", launches_, " launches"));
-    }
+    const size_t copies = copied_.size() < kManyCopies ? copied_.size() : kManyCopies;
+    if (launches_ < kFewLaunches + copies) give_up(c10::str("it is ", launches_, " launches"));
     const auto is_one_of = [](const at::Tensor& tensor, const auto& begin, const auto& end) {
       return std::any_of(begin, end, [&](const at::Tensor& other) {
         return other.storage().data() != nullptr && other.storage().data() == tensor.storage().data();
@@ -287,35 +264,20 @@ class GraphedRunner final : public Runner {
     return reason_.empty();
   }
 
-  void drop_graph() {
-    if (graph_ == nullptr) return;
-    graph_.reset();
-    outputs_.clear();
-    --graphs;
-  }
-
-  std::vector<at::Tensor> replay(const std::vector<at::Tensor>& inputs) {
-    const auto stream = at::cuda::getCurrentCUDAStream();
-    GraphDevice& device = graph_device(device_.index());
-    const std::lock_guard one_at_a_time(device.replaying);
-    if (C10_UNLIKELY(device.last_stream != stream)) {
-      if (device.last_stream) device.last_stream->synchronize();
-      device.last_stream = stream;
+  void copy_inputs(const std::vector<at::Tensor>& inputs, const at::cuda::CUDAStream& stream) {
+    if (copied_.size() >= kManyCopies) {
+      std::vector<at::Tensor> sources;
+      sources.reserve(copied_.size());
+      for (const size_t k : copied_) sources.push_back(inputs[k]);
+      at::_foreach_copy_(copies_, sources, /*non_blocking=*/true);
+      return;
     }
-    for (Output& output : outputs_) move_away(output, stream);
-    for (const size_t k : copied_) {
-      const at::Tensor& copy = inputs_[k].copy;
+    for (size_t each = 0; each < copied_.size(); ++each) {
+      const at::Tensor& copy = copies_[each];
       if (copy.nbytes() == 0) continue;
-      C10_CUDA_CHECK(cudaMemcpyAsync(copy.mutable_data_ptr(), inputs[k].const_data_ptr(), copy.nbytes(),
+      C10_CUDA_CHECK(cudaMemcpyAsync(copy.mutable_data_ptr(), inputs[copied_[each]].const_data_ptr(), copy.nbytes(),
                                      cudaMemcpyDeviceToDevice, stream));
     }
-    graph_->launch(stream);
-    ++replays_;
-    metrics().cuda_graph_replays.add(1);
-    std::vector<at::Tensor> results;
-    results.reserve(outputs_.size());
-    for (Output& output : outputs_) results.push_back(give(output));
-    return results;
   }
 
   /// Where somebody holds what the graph gave last: that storage gets memory of its own.
@@ -348,20 +310,82 @@ class GraphedRunner final : public Runner {
     return backing_tensor(c10::Storage(output.given), output.geometry);
   }
 
+  const c10::Device device_;
+  const std::vector<bool>& written_;
+  std::string reason_;
+  size_t launches_ = 0, inputs_ = 0;
+  std::vector<size_t> copied_;       ///< inputs that move
+  std::vector<at::Tensor> copies_;   ///< where the graph reads them
+  std::vector<Output> outputs_;
+  std::unique_ptr<Graph> graph_;
+};
+
+class GraphedRunner final : public Runner {
+ public:
+  GraphedRunner(std::shared_ptr<Runner> program, c10::Device device, std::vector<bool> written)
+      : program_(std::move(program)), device_(device), written_(std::move(written)) {}
+
+  std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
+    if (given_up_.load(std::memory_order_relaxed)) return program_->run(std::move(inputs));
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    const c10::cuda::CUDAGuard guard(device_);
+    const bool free = lock.owns_lock() && at::cuda::currentStreamCaptureStatusMayInitCtx() ==
+                                              c10::cuda::CaptureStatus::None;
+    if (!free) return program_->run(std::move(inputs));
+    c10::SmallVector<const void*, 128> addresses;
+    for (const at::Tensor& input : inputs) addresses.push_back(address_of(input));
+    GraphedProgram& graphed = graphed_at(addresses);
+    if (graphed.captured()) {
+      if (C10_LIKELY(graphed.places.fits(addresses))) return graphed.replay(inputs);
+      graphed.drop();
+    }
+    graphed.places.see(addresses);
+    if (!graphed.places.settled() || !graphed.reason().empty()) return program_->run(std::move(inputs));
+    if (++captures_ > kCaptures) {
+      for (const auto& each : graphed_) each->drop();
+      graphed.give_up("inputs keep moving");
+      given_up_.store(true, std::memory_order_relaxed);
+      return program_->run(std::move(inputs));
+    }
+    return graphed.capture(*program_, inputs) ? graphed.replay(inputs) : program_->run(std::move(inputs));
+  }
+
+  std::string about() const override {
+    const std::lock_guard lock(mutex_);
+    if (graphed_.empty()) return "not yet a CUDA graph";
+    std::string text = graphed_.front()->about();
+    if (graphed_.size() > 1) text += c10::str("; for inputs at ", graphed_.size() - 1, " other places: ");
+    for (size_t k = 1; k < graphed_.size(); ++k) text += (k > 1 ? "; " : "") + graphed_[k]->about();
+    return text;
+  }
+
+ private:
+  /// Graphs for inputs at different places: of models that share a program.
+  static constexpr size_t kMost = 4;
+  /// In all, where inputs that lay still have moved after all.
+  static constexpr int kCaptures = 16;
+
+  static const void* address_of(const at::Tensor& tensor) {
+    return tensor.storage().data() == nullptr ? nullptr : tensor.const_data_ptr();
+  }
+
+  GraphedProgram& graphed_at(InputPlaces::Addresses addresses) {
+    const size_t k = user_at(graphed_, addresses, kMost,
+                             [](const auto& each) -> const InputPlaces& { return each->places; });
+    if (k == graphed_.size()) graphed_.push_back(std::make_unique<GraphedProgram>(device_, written_));
+    std::rotate(graphed_.begin(), graphed_.begin() + static_cast<std::ptrdiff_t>(k),
+                graphed_.begin() + static_cast<std::ptrdiff_t>(k) + 1);
+    return *graphed_.front();
+  }
+
   const std::shared_ptr<Runner> program_;
   const c10::Device device_;
   const std::vector<bool> written_;
   std::atomic<bool> given_up_{false};
 
   mutable std::mutex mutex_;  // what follows
-  std::string reason_;
-  int runs_ = 0, captures_ = 0;
-  uint64_t replays_ = 0;
-  size_t launches_ = 0;
-  std::vector<Input> inputs_;
-  std::vector<size_t> copied_;
-  std::vector<Output> outputs_;
-  std::unique_ptr<Graph> graph_;
+  int captures_ = 0;
+  std::vector<std::unique_ptr<GraphedProgram>> graphed_;  ///< the one used last first
 };
 
 }  // namespace

@@ -16,9 +16,10 @@ namespace reprise {
 /// graphs, and where the option `cuda_graphs` is off.
 ///
 /// Inputs that come at the same address each time, parameters, are used in place; others are
-/// copied to where the graph reads them. Outputs lie in the graph's memory, and whoever still
-/// holds one when the graph runs again has it moved to memory of its own before. What cannot be captured goes on as it is; `about()` says
-/// why.
+/// copied to where the graph reads them. Models that share a program have a graph each, up to
+/// four. Outputs lie in the graph's memory, and whoever still holds one when the graph runs
+/// again has it moved to memory of its own before. What cannot be captured goes on as it is;
+/// `about()` says why.
 ///
 /// Calls may come from several threads: those that find the graph in use run the program.
 std::shared_ptr<Runner> with_cuda_graph(std::shared_ptr<Runner> program, c10::Device device,

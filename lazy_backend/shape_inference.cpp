@@ -97,6 +97,10 @@ class Call {
   const c10::ArrayRef<c10::IValue> arguments_;
 };
 
+/// Of a result without elements when it was recorded: the same again. Nothing is known of one
+/// that has some.
+const Sizes kNoElements{-1};
+
 /// The sizes of each result, empty ones for what is no new tensor.
 using Rule = std::vector<Sizes> (*)(const Call& call);
 
@@ -332,6 +336,14 @@ const std::unordered_map<std::string_view, Rule>& rules() {
          const Sizes channels{c.size(1, 1)};
          return std::vector<Sizes>{c.sizes(1), channels, channels};
        }},
+      // cuDNN's reserve is empty but for some layouts (aten/src/ATen/native/cudnn/BatchNorm.cpp).
+      {"aten::cudnn_batch_norm",
+       [](const Call& c) {
+         const Sizes statistics{c.flag(5) ? c.size(0, 1) : 0};
+         return std::vector<Sizes>{c.sizes(0), statistics, statistics, kNoElements};
+       }},
+      {"aten::cudnn_batch_norm_backward",
+       [](const Call& c) { return std::vector<Sizes>{c.sizes(0), c.sizes(2), c.sizes(2)}; }},
       {"aten::native_group_norm",
        [](const Call& c) {
          const Sizes statistics{c.integer(3), c.integer(6)};
@@ -364,6 +376,20 @@ const std::unordered_map<std::string_view, Rule>& rules() {
        }},
       {"aten::_scaled_dot_product_flash_attention_for_cpu_backward",
        [](const Call& c) { return std::vector<Sizes>{c.sizes(1), c.sizes(2), c.sizes(3)}; }},
+      // query, key, value, bias, compute_log_sumexp: the sums lie in rows of 32
+      // (aten/src/ATen/native/transformers/cuda/attention.cu)
+      {"aten::_scaled_dot_product_efficient_attention",
+       [](const Call& c) {
+         Sizes out = c.sizes(0);
+         const Sizes sums{out.at(0), out.at(1), c.flag(4) ? (out.at(2) + 31) / 32 * 32 : 0};
+         out.back() = c.size(2, -1);
+         return std::vector<Sizes>{out, sums, {}, {}};
+       }},
+      {"aten::_scaled_dot_product_efficient_attention_backward",
+       [](const Call& c) {
+         return std::vector<Sizes>{c.sizes(1), c.sizes(2), c.sizes(3), c.has(4) ? c.sizes(4) : Sizes()};
+       }},
+      {"reprise::dropout_mask", as_argument<0>},
   };
   return *table;
 }
@@ -437,7 +463,9 @@ bool ask_rule(Rule rule, const Step& like, torch::jit::Stack& stack) {
       continue;
     }
     if (result.kind != Result::Kind::kNew || k >= sizes.size()) return false;
-    results.emplace_back(lying_like(sizes[k], result));
+    const bool empty = sizes[k] == kNoElements;
+    if (empty && result.geometry->nbytes() > 0) return false;
+    results.emplace_back(lying_like(empty ? Sizes(result.geometry->sizes()) : sizes[k], result));
     if (!results.back().toTensor().defined()) return false;
   }
   stack = std::move(results);

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a machine with a GPU should do for Reprise, without a network:
 #
-#   tools/gpu_check.sh [PART...]   build test fuzz conformance sanitize bench package report
+#   tools/gpu_check.sh [PART...]   build test fuzz conformance sanitize bench peers package report
 #
 # All parts by default, in that order; each leaves its log in OUT, and `report` makes
 # OUT/gpu_check.json and OUT/gpu_check.md of them. Nine minutes on 16 cores.
@@ -20,7 +20,7 @@ BUILD=${BUILD:-$PWD/build/gpu-check}
 OUT=${OUT:-$BUILD/report}
 JOBS=${JOBS:-$(nproc)}
 mkdir -p "$OUT"
-parts=${*:-build test fuzz conformance sanitize bench package report}
+parts=${*:-build test fuzz conformance sanitize bench peers package report}
 
 torch_lib=$("$PYTHON" -c 'import torch, os; print(os.path.dirname(torch.__file__) + "/lib")')
 # Where binaries were carried here, the torch that they find is this one.
@@ -81,11 +81,21 @@ part_bench() {
   export REPRISE_BENCH_SECONDS=${REPRISE_BENCH_SECONDS:-0.4}
   (
     cd "$BUILD" || exit
+    # All rows compiled first, side by side.
+    for row in $(bin/bench_models --benchmark_list_tests); do
+      REPRISE_BENCH_SECONDS=0.01 timed "bench-warm-${row//\//-}" 170 bin/bench_models "--benchmark_filter=^$row\$" &
+    done
+    wait
     timed bench-models 120 bin/bench_models "--benchmark_out=$OUT/bench-models.json"
     REPRISE_CUDA_GRAPHS=0 timed bench-models-without-graphs 100 \
       bin/bench_models "--benchmark_out=$OUT/bench-models-without-graphs.json"
     timed bench-runtime 40 bin/bench_runtime "--benchmark_out=$OUT/bench-runtime.json"
   )
+}
+
+part_peers() {
+  TORCHINDUCTOR_CACHE_DIR=$BUILD/inductor timed peers 240 "$PYTHON" bench/peers/torch_compile.py \
+    --device cuda:0 --out "$OUT/peers.json" --seconds 0.3 --warm "$JOBS"
 }
 
 part_package() {

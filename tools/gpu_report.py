@@ -63,6 +63,10 @@ def report(out: Path) -> dict[str, Any]:
         found["sanitize"] = last_line(out / "sanitize.log")
     found["bench"] = {name: rows(out / f"{name}.json")
                       for name in ("bench-models", "bench-models-without-graphs", "bench-runtime")}
+    try:
+        found["peers"] = json.loads((out / "peers.json").read_text())["rows"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        found["peers"] = {}
     return found
 
 
@@ -75,14 +79,18 @@ def markdown(found: dict[str, Any]) -> str:
         lines += [f"- {name}: `{line}`" for name, line in found[kind].items()]
     if "sanitize" in found:
         lines.append(f"- compute-sanitizer: `{found['sanitize']}`")
-    lines += ["", "| model | eager ms | reprise ms | speedup | without graphs |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines += ["", "| model | eager ms | reprise ms | speedup | without graphs | torch.compile ms | reduce-overhead ms |",
+              "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     plain = found["bench"]["bench-models-without-graphs"]
     for name, row in found["bench"]["bench-models"].items():
         if "speedup" not in row:
             continue
         other = plain.get(name, {}).get("speedup")
+        peer = found["peers"].get(name, {})
         lines.append(f"| {name} | {row['eager_ms']:.3f} | {row['reprise_ms']:.3f} | {row['speedup']:.2f} | "
-                     + (f"{other:.2f} |" if other is not None else "– |"))
+                     + (f"{other:.2f} |" if other is not None else "– |")
+                     + "".join(f" {peer[key]:.3f} |" if key in peer else " – |"
+                               for key in ("default_ms", "reduce-overhead_ms")))
     lines += ["", "| part | status | seconds |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {p['status']} | {p['seconds']} |" for name, p in found["parts"].items()]
     return "\n".join(lines) + "\n"
