@@ -74,6 +74,38 @@ NamedTensors named_tensors(const Module& module) {
   return named;
 }
 
+template <class F>
+NamedTensors names_of(const F& function) {
+  if constexpr (ModuleHolder<F>) {
+    return named_tensors(*function);
+  } else if constexpr (AnyModule<F>) {
+    return named_tensors(*function.ptr());
+  } else {
+    return {};
+  }
+}
+
+/// Calls `function` on the example with other tensors in the places of those in it.
+template <class F, class... Args>
+auto on_other_tensors(F& function, const std::tuple<Args...>& example) {
+  return [&](const std::vector<at::Tensor>& tensors) -> Pack {
+    Pack result;
+    std::tuple<Args...> other = example;
+    Replace{tensors}.in(other);
+    const auto call = [&](const auto&... args) {
+      if constexpr (ModuleHolder<F>) {
+        result.add(function->forward(args...));
+      } else if constexpr (AnyModule<F>) {
+        result.add(function.forward(args...));
+      } else {
+        result.add(function(args...));
+      }
+    };
+    std::apply(call, other);
+    return result;
+  };
+}
+
 /// `body` runs the function on the example with these tensors in it.
 REPRISE_API void export_function(Pack&& arguments,
                                  c10::function_ref<Pack(const std::vector<at::Tensor>&)> body,
@@ -108,29 +140,8 @@ void export_package(F function, const std::tuple<Args...>& example, const std::s
                     const ExportOptions& options = {}) {
   detail::Pack arguments;
   arguments.add(example);
-  const auto body = [&](const std::vector<at::Tensor>& tensors) -> detail::Pack {
-    detail::Pack result;
-    std::tuple<Args...> other = example;
-    detail::Replace{tensors}.in(other);
-    const auto call = [&](const auto&... args) {
-      if constexpr (detail::ModuleHolder<F>) {
-        result.add(function->forward(args...));
-      } else if constexpr (detail::AnyModule<F>) {
-        result.add(function.forward(args...));
-      } else {
-        result.add(function(args...));
-      }
-    };
-    std::apply(call, other);
-    return result;
-  };
-  detail::NamedTensors named;
-  if constexpr (detail::ModuleHolder<F>) {
-    named = detail::named_tensors(*function);
-  } else if constexpr (detail::AnyModule<F>) {
-    named = detail::named_tensors(*function.ptr());
-  }
-  detail::export_function(std::move(arguments), body, named, path, options);
+  detail::export_function(std::move(arguments), detail::on_other_tensors(function, example),
+                          detail::names_of(function), path, options);
 }
 
 }  // namespace reprise

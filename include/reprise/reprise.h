@@ -11,3 +11,4 @@
 #include "reprise/metrics.h"
 #include "reprise/options.h"
 #include "reprise/package.h"
+#include "reprise/torchscript.h"

@@ -1,0 +1,209 @@
+#include "interchange/traced_function.h"
+
+#include <ATen/ops/arange.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+
+#include "compiler_bridge/trace_writer.h"
+#include "lazy_backend/device.h"
+#include "lazy_backend/interpreter.h"
+#include "lazy_backend/session.h"
+#include "symint/general_trace.h"
+
+namespace reprise {
+namespace {
+
+/// Traces of functions that are exported are met once.
+uint64_t next_function() {
+  static std::atomic<uint64_t> next{uint64_t{1} << 31};
+  return next.fetch_add(1);
+}
+
+TracedFunction trace_once(const std::string& what, const std::vector<at::Tensor>& arguments,
+                          FunctionBody body, WritesWeights writes) {
+  TracedFunction out;
+  Session& session = Session::current();
+  session.begin_function(next_function(), "what is exported", /*whole=*/true, /*watch=*/false);
+  try {
+    out.results = body(arguments).tensors;
+  } catch (...) {
+    session.abandon_function();
+    throw;
+  }
+  out.run = session.end_function();
+  const FunctionTrace& run = out.run;
+  TORCH_CHECK(run.broken_by.empty() && !run.steps.empty(),
+              what, ": the function does nothing that can be exported",
+              run.broken_by.empty() ? "" : ": ", run.broken_by);
+
+  Program& program = *out.program;
+  program.steps = run.steps;
+  program.device_index = run.steps.back()->device_index;
+  const auto is_argument = [&](const LazyStorage* storage) {
+    return std::any_of(arguments.begin(), arguments.end(),
+                       [&](const at::Tensor& tensor) { return lazy_storage(tensor) == storage; });
+  };
+  for (const StepPtr& step : run.steps) {
+    TORCH_CHECK(step->randomness == Randomness::kNone, what, ": ",
+                step->op.operator_name(), " draws random numbers; is the module in training mode?");
+    for (const uint32_t slot : step->written) {
+      TORCH_CHECK(writes == WritesWeights::kYes || run.inputs[slot] == nullptr || is_argument(run.inputs[slot].get()),
+                  what, ": ", step->op.operator_name(),
+                  " writes a tensor that is no argument; hand it in as one, or put the module "
+                  "into eval mode");
+    }
+  }
+  for (size_t k = 0; k < out.results.size(); ++k) {
+    const at::Tensor& tensor = out.results[k];
+    const auto made = std::find_if(run.created.begin(), run.created.end(), [&](const auto& each) {
+      return tensor.defined() && is_lazy(tensor) && each.second.get() == lazy_storage(tensor);
+    });
+    TORCH_CHECK(made != run.created.end(), what, ": result ", k, " is a tensor that the function "
+                "has not made; clone it");
+    program.results.emplace_back(made->first, Geometry(*tensor.unsafeGetTensorImpl()));
+  }
+  out.trace = write_trace(program);
+  for (size_t k = 0; k < arguments.size(); ++k) {
+    int64_t found = -1;
+    for (size_t input = 0; input < program.inputs.size(); ++input) {
+      const ProgramInput& each = program.inputs[input];
+      if (each.kind == ProgramInput::Kind::kSlot &&
+          run.inputs[each.index].get() == lazy_storage(arguments[k]) &&
+          each.geometry.matches(*arguments[k].unsafeGetTensorImpl())) {
+        found = static_cast<int64_t>(input);
+      }
+    }
+    TORCH_CHECK(found >= 0, what, ": argument ", k,
+                " is not used, or only through a view of a part of it");
+    TORCH_CHECK(std::find(out.order.begin(), out.order.end(), found) == out.order.end(),
+                what, ": argument ", k, " is another one again");
+    out.order.push_back(found);
+  }
+  return out;
+}
+
+std::vector<MarkedSize> marks_of(const std::vector<at::Tensor>& arguments) {
+  std::vector<MarkedSize> marks;
+  for (size_t k = 0; k < arguments.size(); ++k) {
+    const auto shape = symbolic_shape(arguments[k]);
+    if (shape == nullptr) continue;
+    for (int64_t dim = 0; dim < arguments[k].dim(); ++dim) {
+      const Expression& size = shape->expressions()[static_cast<size_t>(dim)];
+      if (size.kind() == Expression::Kind::kSymbol) {
+        marks.push_back({k, dim, static_cast<uint32_t>(size.value())});
+      }
+    }
+  }
+  return marks;
+}
+
+/// The trace as one over symbols: the function runs at other sizes, and what changes with
+/// them must follow from them.
+std::string over_symbols(const std::string& what, const TracedFunction& first,
+                         const std::vector<at::Tensor>& arguments, FunctionBody body, WritesWeights writes) {
+  const std::vector<MarkedSize>& marks = first.marks;
+  constexpr uint32_t kTrials = 5;
+  constexpr size_t kEnough = 4;  // traces, the first one with them
+  const SplitTrace split(first.trace);
+  std::vector<std::vector<int64_t>> members;
+  std::string problem;
+  for (uint32_t trial = 0; trial < kTrials && members.size() + 1 < kEnough; ++trial) {
+    std::vector<uint32_t> symbols;  // in the order in which they come
+    std::vector<at::Tensor> other = arguments;
+    for (const MarkedSize& mark : marks) {
+      const auto known = std::find(symbols.begin(), symbols.end(), mark.symbol);
+      const auto order = known - symbols.begin();
+      if (known == symbols.end()) symbols.push_back(mark.symbol);
+      const int64_t size = SymbolicTrace::trial_size(
+          arguments[mark.argument].size(mark.dim), Session::current().range_of(mark.symbol),
+          static_cast<size_t>(order), trial);
+      at::Tensor& tensor = other[mark.argument];
+      const at::Tensor places =
+          at::arange(size, at::TensorOptions().dtype(c10::kLong)).remainder(tensor.size(mark.dim));
+      tensor = tensor.index_select(mark.dim, places.to(tensor.device())).contiguous();
+    }
+    Session::current().mark_step("an example of another size is made");
+    try {
+      const TracedFunction there = trace_once(what, other, body, writes);
+      const SplitTrace elsewhere(there.trace);
+      TORCH_CHECK(elsewhere.skeleton() == split.skeleton(), "the function does something else there");
+      if (std::find(members.begin(), members.end(), elsewhere.integers) == members.end()) {
+        members.push_back(elsewhere.integers);
+      }
+    } catch (const c10::Error& error) {
+      problem = error.what_without_backtrace();
+    }
+  }
+  members.push_back(split.integers);
+  TORCH_CHECK(members.size() > 2, what, ": ", text_of(marks),
+              " cannot be another size: ", problem);
+  const auto general = GeneralTrace::make(split, members, &problem);
+  TORCH_CHECK(general && general->number_count() == 0, what, ": what changes with ",
+              text_of(marks), " does not follow from it: ", problem);
+  return general->text();
+}
+
+}  // namespace
+
+std::string text_of(const std::vector<MarkedSize>& marks) {
+  std::string out;
+  std::vector<uint32_t> told;
+  for (const MarkedSize& mark : marks) {
+    if (std::find(told.begin(), told.end(), mark.symbol) != told.end()) continue;
+    told.push_back(mark.symbol);
+    out += (out.empty() ? "" : ", ") +
+           SymbolicTrace::text_of(mark.symbol, Session::current().range_of(mark.symbol));
+  }
+  return out;
+}
+
+std::vector<TracedFunction::Weight> TracedFunction::weights(const detail::NamedTensors& named) const {
+  std::vector<Weight> weights;
+  for (size_t input = 0; input < program->inputs.size(); ++input) {
+    const auto number = static_cast<int64_t>(input);
+    if (std::find(order.begin(), order.end(), number) != order.end()) continue;
+    const ProgramInput& each = program->inputs[input];
+    TORCH_CHECK(each.kind == ProgramInput::Kind::kSlot, "reprise: a number in the exported function changes");
+    const auto& storage = run.inputs[each.index];
+    Weight weight{number, "weight_" + std::to_string(input), backing_tensor(storage->backing(), each.geometry), false};
+    for (const auto& [name, tensor] : named) {
+      if (is_lazy(tensor) && lazy_storage(tensor) == storage.get() &&
+          Geometry(*tensor.unsafeGetTensorImpl()) == each.geometry) {
+        weight.name = name;
+        break;
+      }
+    }
+    for (const StepPtr& step : run.steps) {
+      const auto& written = step->written;
+      weight.written = weight.written || std::find(written.begin(), written.end(), each.index) != written.end();
+    }
+    weights.push_back(std::move(weight));
+  }
+  return weights;
+}
+
+TracedFunction trace_function(const std::string& what, const std::vector<at::Tensor>& arguments,
+                              FunctionBody body, WritesWeights writes) {
+  for (size_t k = 0; k < arguments.size(); ++k) {
+    TORCH_CHECK(is_lazy(arguments[k]), what, ": argument ", k, " of the example is no lazy tensor; move it, and "
+                "the module, with .to(torch::kLazy)");
+  }
+  TORCH_CHECK(!Session::current().in_function(), what, " within a compiled function");
+  TracedFunction traced = trace_once(what, arguments, body, writes);
+  traced.marks = marks_of(arguments);
+  if (traced.marks.empty()) return traced;
+  // At other sizes it writes what it writes once more.
+  Session::current().mark_step("an example has run");
+  std::vector<std::pair<at::Tensor, at::Tensor>> written;
+  for (TracedFunction::Weight& weight : traced.weights({})) {
+    if (weight.written) written.emplace_back(weight.tensor, weight.tensor.clone());
+  }
+  traced.trace = over_symbols(what, traced, arguments, body, writes);
+  Session::current().mark_step("examples of other sizes have run");
+  for (const auto& [tensor, before] : written) tensor.copy_(before);
+  return traced;
+}
+
+}  // namespace reprise

@@ -1,0 +1,55 @@
+/// \file
+/// A function as it runs once on lazy tensors, for who writes it to a file.
+#pragma once
+
+#include <c10/util/FunctionRef.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lazy_backend/function_trace.h"
+#include "reprise/export.h"
+
+namespace reprise {
+
+/// Runs the function on other tensors in the places of its arguments.
+using FunctionBody = c10::function_ref<detail::Pack(const std::vector<at::Tensor>&)>;
+
+/// A size of an argument that was marked (reprise/dynamic.h).
+struct MarkedSize {
+  size_t argument;
+  int64_t dim;
+  uint32_t symbol;
+};
+
+struct TracedFunction {
+  FunctionTrace run;
+  std::unique_ptr<Program> program = std::make_unique<Program>();
+  std::vector<at::Tensor> results;
+  std::vector<int64_t> order;  ///< the program's input that each argument is
+  std::vector<MarkedSize> marks;
+  std::string trace;  ///< docs/trace_format.md, over symbols where sizes were marked
+
+  /// A tensor that it uses beside its arguments.
+  struct Weight {
+    int64_t input;     ///< of the program
+    std::string name;  ///< what the module calls it, or `weight_` and the input
+    at::Tensor tensor; ///< of the backing device; not a copy
+    bool written;
+  };
+  std::vector<Weight> weights(const detail::NamedTensors& named) const;
+};
+
+/// Whether a function may write tensors that are no arguments of it.
+enum class WritesWeights : bool { kNo, kYes };
+
+/// Runs `body` on lazy tensors, and at other sizes where sizes are marked. Throws c10::Error,
+/// which begins with `what`, for what cannot be written to a file: see reprise/export.h.
+TracedFunction trace_function(const std::string& what, const std::vector<at::Tensor>& arguments,
+                              FunctionBody body, WritesWeights writes);
+
+/// In words: `batch, length (2 to 64)`.
+std::string text_of(const std::vector<MarkedSize>& marks);
+
+}  // namespace reprise
