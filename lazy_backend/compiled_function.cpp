@@ -1,6 +1,5 @@
 #include "lazy_backend/compiled_function.h"
 
-#include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
@@ -10,13 +9,9 @@
 #include <optional>
 #include <shared_mutex>
 
-#include "lazy_backend/below_user_modes.h"
-#include "lazy_backend/device.h"
-#include "lazy_backend/function_trace.h"
-#include "lazy_backend/interpreter.h"
+#include "lazy_backend/compiled_backward.h"
+#include "lazy_backend/function_plan.h"
 #include "lazy_backend/log.h"
-#include "lazy_backend/metrics.h"
-#include "lazy_backend/program_run.h"
 #include "lazy_backend/session.h"
 #include "lazy_backend/trace_tree.h"
 #include "reprise/compile.h"
@@ -25,60 +20,18 @@ namespace reprise {
 namespace {
 
 using detail::Pack;
-using StoragePtr = c10::intrusive_ptr<LazyStorage>;
-using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl>;
-
-/// A tensor that the function uses and that somebody else holds.
-struct Watched {
-  WeakTensor tensor;
-  const LazyStorage* storage;  ///< over which it lay when it was bound
-  bool written = false;
-};
-
-/// How a call is replayed. Immutable; used by several threads at once.
-struct Plan {
-  struct Source {
-    enum class Kind : uint8_t { kArgument, kBound, kScalar, kRandom, kNumber };
-    Kind kind;
-    uint32_t index;
-  };
-  struct Output {
-    enum class Kind : uint8_t { kNone, kMade, kArgument, kBound, kRandom };
-    Kind kind = Kind::kNone;
-    uint32_t index = 0;
-    Geometry geometry;
-  };
-  /// A gradient that the function leaves in a leaf.
-  struct Gradient {
-    WeakTensor leaf;
-    Output output;
-  };
-
-  std::shared_ptr<Program> program;
-  std::vector<Source> inputs;
-  std::vector<StoragePtr> bound;
-  std::vector<Watched> watched;
-  std::vector<at::Tensor> constants;  ///< by program input: what is the same in every call
-  std::vector<uint32_t> random_steps;
-  std::vector<uint32_t> written_arguments;
-  std::vector<Output> outputs;
-  std::vector<Gradient> gradients;
-  std::vector<int64_t> result_key;
-};
-using PlanPtr = std::shared_ptr<const Plan>;
 
 /// What has been found out of one key.
 struct Entry {
   std::vector<int64_t> key;
   PlanPtr plan;
+  DifferentiablePlanPtr both;  ///< in its place where the result takes part in autograd
   std::string reason;  ///< why there is no plan; empty where one may come
   uint64_t traced = 0;
   std::atomic<uint64_t> replayed{0};
 
-  // Of the last verified run.
-  std::string segment;
-  std::vector<StoragePtr> inputs;
-  ScalarValues scalars;
+  SeenRun seen;
+  SeenBackward backward;
 };
 
 void add_geometry(const at::Tensor& tensor, std::vector<int64_t>& key) {
@@ -116,125 +69,11 @@ void complete_key(Pack& arguments) {
                           static_cast<int64_t>(c10::InferenceMode::is_enabled()));
 }
 
-at::Tensor seen_through(const LazyStorage& storage, const Geometry& geometry) {
-  const at::Tensor& made = storage.made();
-  if (made.defined() && geometry.matches(*made.unsafeGetTensorImpl())) return made;
-  return backing_tensor(storage.backing(), geometry);
-}
-
-/// Waits for the values of `storage`; false where there will be none.
-bool settled(const LazyStorage& storage) {
-  if (C10_UNLIKELY(storage.pending_in() != nullptr)) Session::settle(&storage);
-  return storage.error() == nullptr && storage.backing();
-}
-
-at::Tensor lazy_over(const StoragePtr& storage, const Geometry& geometry) {
-  return wrap(storage, backing_tensor(storage->backing(), geometry));
-}
-
-/// Replays a call; nothing where what was bound is not there any more, or the program fails.
-std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& arguments) {
-  for (const Watched& each : plan.watched) {
-    const auto tensor = each.tensor.lock();
-    if (tensor && lazy_storage(tensor.get()) != each.storage) return std::nullopt;
-  }
-  Session::current().flush("a compiled function is called");
-  const Program& program = *plan.program;
-  std::vector<at::Tensor> inputs;
-  inputs.reserve(plan.inputs.size());
-  c10::SmallVector<at::Tensor, 2> random;
-  {
-    c10::InferenceMode normal_tensors(false);
-    for (const uint32_t step : plan.random_steps) random.push_back(draw(*program.steps[step]));
-  }
-  for (size_t k = 0; k < plan.inputs.size(); ++k) {
-    const Plan::Source& source = plan.inputs[k];
-    switch (source.kind) {
-      case Plan::Source::Kind::kArgument:
-      case Plan::Source::Kind::kBound: {
-        const bool argument = source.kind == Plan::Source::Kind::kArgument;
-        const LazyStorage& storage = argument ? *lazy_storage(arguments[source.index])
-                                              : *plan.bound[source.index];
-        if (!settled(storage)) return std::nullopt;
-        inputs.push_back(seen_through(storage, program.inputs[k].geometry));
-        break;
-      }
-      case Plan::Source::Kind::kRandom:
-        inputs.push_back(random[source.index]);
-        break;
-      case Plan::Source::Kind::kScalar:
-      case Plan::Source::Kind::kNumber:
-        inputs.push_back(plan.constants[k]);
-        break;
-    }
-  }
-  std::vector<at::Tensor> made;
-  try {
-    RECORD_FUNCTION("reprise::replay", c10::ArrayRef<const c10::IValue>());
-    c10::InferenceMode normal_tensors(false);
-    const BelowUserModes below;
-    made = program.runner->run(std::move(inputs));
-    for (size_t k = 0; k < made.size(); ++k) made[k] = as_recorded(program, k, made[k]);
-  } catch (const std::exception& error) {
-    // Out of memory, say. What it may have written in part cannot be run again.
-    if (program.writes_inputs) throw;
-    metrics().program_failures.add(1);
-    TORCH_WARN("reprise: a compiled function's program failed, and the function is run: ", error.what());
-    return std::nullopt;
-  }
-  metrics().segments_replayed.add(1);
-  for (const Watched& each : plan.watched) {
-    if (!each.written) continue;
-    if (const auto tensor = each.tensor.lock(); tensor && !tensor->is_inference()) tensor->bump_version();
-  }
-  for (const uint32_t k : plan.written_arguments) {
-    const at::Tensor& tensor = arguments[k];
-    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  }
-  // Results that share a storage share it again.
-  c10::SmallVector<StoragePtr, 8> storages(made.size());
-  const auto tensor_of = [&](const Plan::Output& output) -> at::Tensor {
-    switch (output.kind) {
-      case Plan::Output::Kind::kNone:
-        return {};
-      case Plan::Output::Kind::kMade: {
-        StoragePtr& storage = storages[output.index];
-        if (!storage) {
-          storage = c10::make_intrusive<LazyStorage>(made[output.index].storage().nbytes(),
-                                                     program.device_index);
-          storage->set_backing(made[output.index].storage());
-          if (output.geometry.matches(*made[output.index].unsafeGetTensorImpl())) {
-            storage->set_made(made[output.index]);
-            return wrap(storage, made[output.index]);
-          }
-        }
-        return lazy_over(storage, output.geometry);
-      }
-      case Plan::Output::Kind::kArgument:
-        return lazy_over(StoragePtr::reclaim_copy(lazy_storage(arguments[output.index])),
-                         output.geometry);
-      case Plan::Output::Kind::kBound:
-        return lazy_over(plan.bound[output.index], output.geometry);
-      case Plan::Output::Kind::kRandom:
-        return wrap_new(random[output.index], program.device_index);
-    }
-    TORCH_INTERNAL_ASSERT(false);
-  };
-  Pack result;
-  result.key = plan.result_key;
-  result.tensors.reserve(plan.outputs.size());
-  for (const Plan::Output& output : plan.outputs) result.tensors.push_back(tensor_of(output));
-  for (const Plan::Gradient& gradient : plan.gradients) {
-    if (const auto leaf = gradient.leaf.lock()) leaf->mutable_grad() = tensor_of(gradient.output);
-  }
-  return result;
-}
-
 }  // namespace
 
 namespace detail {
 
-class Function {
+class Function : public std::enable_shared_from_this<Function> {
  public:
   explicit Function(CompileOptions options);
   ~Function();
@@ -249,12 +88,15 @@ class Function {
   struct Known {
     std::shared_ptr<Entry> entry;
     PlanPtr plan;
+    DifferentiablePlanPtr both;
     bool may_get_plan = true;
   };
   Known known_of(const std::vector<int64_t>& key);
-  Pack trace(Entry& entry, bool may_get_plan, const Pack& arguments, c10::function_ref<Pack()> body);
-  /// A plan of a verified run; null where there is none yet, or never: see the reason.
-  PlanPtr plan_of(Entry& entry, const FunctionTrace& run, const Pack& arguments, const Pack& result);
+  std::optional<Pack> replay(Entry& entry, const Known& known, const Pack& arguments);
+  Pack trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, const Pack& arguments,
+             c10::function_ref<Pack()> body);
+  TracedForward traced_forward(const std::shared_ptr<Entry>& entry, PlanPtr plan, const Pack& arguments,
+                               const FunctionTrace& run);
 
   CompileOptions options_;
   const uint64_t number_;
@@ -297,7 +139,7 @@ Function::~Function() {
 Function::Known Function::known_of(const std::vector<int64_t>& key) {
   const auto find = [&]() -> std::optional<Known> {
     for (const auto& entry : entries_) {
-      if (entry->key == key) return Known{entry, entry->plan, entry->reason.empty()};
+      if (entry->key == key) return Known{entry, entry->plan, entry->both, entry->reason.empty()};
     }
     return std::nullopt;
   };
@@ -310,29 +152,59 @@ Function::Known Function::known_of(const std::vector<int64_t>& key) {
   if (entries_.size() == kMostKeys) entries_.erase(entries_.begin());
   entries_.push_back(std::make_shared<Entry>());
   entries_.back()->key = key;
-  return {entries_.back(), nullptr, true};
+  return {entries_.back(), nullptr, nullptr, true};
 }
 
 Pack Function::call(Pack&& arguments, c10::function_ref<Pack()> body) {
   // Within another one it is a part of that one.
   if (Session::current().in_function()) return body();
   complete_key(arguments);
-  const auto [entry, plan, may_get_plan] = known_of(arguments.key);
-  if (plan != nullptr) {
-    if (auto result = replay(*plan, arguments.tensors)) {
-      entry->replayed.fetch_add(1, std::memory_order_relaxed);
-      return std::move(*result);
-    }
-    const std::unique_lock lock(mutex_);
-    entry->plan = nullptr;
-    entry->segment.clear();
-  }
-  return trace(*entry, may_get_plan, arguments, body);
+  const Known known = known_of(arguments.key);
+  if (auto result = replay(*known.entry, known, arguments)) return std::move(*result);
+  return trace(known.entry, known.may_get_plan, arguments, body);
 }
 
-Pack Function::trace(Entry& entry, bool may_get_plan, const Pack& arguments,
+std::optional<Pack> Function::replay(Entry& entry, const Known& known, const Pack& arguments) {
+  if (known.plan == nullptr && known.both == nullptr) return std::nullopt;
+  auto result = known.both != nullptr ? replay_differentiable(known.both, options_.name, arguments.tensors)
+                                      : reprise::replay(*known.plan, arguments.tensors);
+  if (result) {
+    entry.replayed.fetch_add(1, std::memory_order_relaxed);
+    return result;
+  }
+  const std::unique_lock lock(mutex_);
+  entry.plan = nullptr;
+  entry.both = nullptr;
+  entry.seen.segment.clear();
+  entry.backward.run.segment.clear();
+  return std::nullopt;
+}
+
+TracedForward Function::traced_forward(const std::shared_ptr<Entry>& entry, PlanPtr plan, const Pack& arguments,
+                                       const FunctionTrace& run) {
+  constexpr uint64_t kBackward = uint64_t{1} << 40;
+  TracedForward forward{options_.name, number_ | kBackward, std::move(plan), arguments.tensors, run.created, {}, {}};
+  forward.found = [self = shared_from_this(), entry](DifferentiablePlanPtr both, const std::string& reason) {
+    const std::unique_lock lock(self->mutex_);
+    if (both != nullptr) REPRISE_LOG(1, self->options_.name, ": both passes are replayed from now on");
+    entry->both = std::move(both);
+    if (!reason.empty()) entry->reason = entry->backward.reason = reason;
+  };
+  forward.with_seen = [self = shared_from_this(), entry](const std::function<void(SeenBackward&)>& with) {
+    const std::unique_lock lock(self->mutex_);
+    with(entry->backward);
+  };
+  return forward;
+}
+
+Pack Function::trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, const Pack& arguments,
                      c10::function_ref<Pack()> body) {
   Session& session = Session::current();
+  const uint64_t first_node = next_node();
+  std::vector<std::shared_ptr<torch::autograd::Node>> histories;
+  for (const at::Tensor& tensor : arguments.tensors) {
+    histories.push_back(tensor.defined() ? tensor.grad_fn() : nullptr);
+  }
   session.begin_function(number_, options_.name, options_.fullgraph,
                          /*watch=*/may_get_plan);
   Pack result;
@@ -343,183 +215,46 @@ Pack Function::trace(Entry& entry, bool may_get_plan, const Pack& arguments,
     throw;
   }
   const FunctionTrace run = session.end_function();
+  const bool differentiable =
+      c10::GradMode::is_enabled() &&
+      std::any_of(result.tensors.begin(), result.tensors.end(),
+                  [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); });
+  bool writes_history = false;
+  for (size_t k = 0; k < histories.size(); ++k) {
+    const at::Tensor& tensor = arguments.tensors[k];
+    writes_history = writes_history || (tensor.defined() && tensor.grad_fn() != histories[k]);
+  }
+  PlanPtr plan;
   std::string reason;
   {
     const std::unique_lock lock(mutex_);
-    ++entry.traced;
-    entry.reason = !run.broken_by.empty() ? "not one program: " + run.broken_by : run.no_program;
-    if (run.verified && entry.reason.empty()) {
-      entry.plan = plan_of(entry, run, arguments, result);
-      if (entry.plan != nullptr) REPRISE_LOG(1, options_.name, ": replayed from now on by ", run.segment);
+    ++entry->traced;
+    entry->reason = !run.broken_by.empty()          ? "not one program: " + run.broken_by
+                    : !run.no_program.empty()       ? run.no_program
+                    : writes_history                ? "it writes an argument that takes part in autograd"
+                    : !entry->backward.reason.empty() ? entry->backward.reason
+                                                    : "";
+    if (run.verified && entry->reason.empty()) {
+      std::vector<const LazyStorage*> storages;
+      for (const at::Tensor& tensor : arguments.tensors) {
+        storages.push_back(is_lazy(tensor) ? lazy_storage(tensor) : nullptr);
+      }
+      plan = plan_of(entry->seen, {run, storages, result, differentiable}, entry->reason);
+      if (plan != nullptr && !differentiable) {
+        entry->plan = plan;
+        REPRISE_LOG(1, options_.name, ": replayed from now on by ", run.segment);
+      }
     }
-    reason = entry.reason;
+    reason = entry->reason;
+  }
+  if (differentiable && reason.empty()) {
+    reason = trace_backward(traced_forward(entry, plan, arguments, run), first_node, result.tensors);
+    const std::unique_lock lock(mutex_);
+    entry->reason = reason;
   }
   TORCH_CHECK(!options_.fullgraph || reason.empty(), "reprise: ", options_.name,
               " cannot be replayed: ", reason);
   return result;
-}
-
-PlanPtr Function::plan_of(Entry& entry, const FunctionTrace& run, const Pack& arguments,
-                          const Pack& result) {
-  const auto never = [&](std::string why) -> PlanPtr {
-    entry.reason = std::move(why);
-    return nullptr;
-  };
-  const auto argument_of = [&](const LazyStorage* storage) -> std::optional<uint32_t> {
-    for (uint32_t k = 0; k < arguments.tensors.size(); ++k) {
-      if (is_lazy(arguments.tensors[k]) && lazy_storage(arguments.tensors[k]) == storage) return k;
-    }
-    return std::nullopt;
-  };
-  // Two runs that did the same: what is the same storage in both is bound, what is neither
-  // that nor an argument comes from elsewhere.
-  const bool again = entry.segment == run.segment && entry.inputs.size() == run.inputs.size();
-  const std::vector<StoragePtr> before = std::exchange(entry.inputs, run.inputs);
-  const ScalarValues scalars = std::exchange(entry.scalars, run.scalars);
-  entry.segment = run.segment;
-  if (!again) return nullptr;
-  for (size_t slot = 0; slot < run.inputs.size(); ++slot) {
-    const LazyStorage* storage = run.inputs[slot].get();
-    if (storage == nullptr || argument_of(storage) || before[slot].get() == storage) continue;
-    return never("it uses a tensor that is another in each call and no argument");
-  }
-  if (scalars != run.scalars) return never("a number in it changes from call to call and is no argument");
-  if (run.program == nullptr) return nullptr;
-
-  auto plan = std::make_shared<Plan>();
-  plan->program = run.program;
-  const Program& program = *run.program;
-  std::vector<int64_t> bound(run.inputs.size(), -1);  // by slot
-  const auto bind = [&](uint32_t slot) {
-    if (bound[slot] < 0) {
-      bound[slot] = static_cast<int64_t>(plan->bound.size());
-      plan->bound.push_back(run.inputs[slot]);
-    }
-    return static_cast<uint32_t>(bound[slot]);
-  };
-  plan->constants.resize(program.inputs.size());
-  std::vector<std::pair<uint32_t, uint32_t>> random;  // created slot, number
-  for (size_t k = 0; k < program.inputs.size(); ++k) {
-    const ProgramInput& input = program.inputs[k];
-    using Kind = Plan::Source::Kind;
-    switch (input.kind) {
-      case ProgramInput::Kind::kSlot:
-        if (const auto argument = argument_of(run.inputs[input.index].get())) {
-          plan->inputs.push_back({Kind::kArgument, *argument});
-        } else {
-          plan->inputs.push_back({Kind::kBound, bind(input.index)});
-        }
-        break;
-      case ProgramInput::Kind::kScalar: {
-        plan->inputs.push_back({Kind::kScalar, input.index});
-        at::Tensor number = empty_tensor(input.geometry, sizeof(double), c10::kCPU);
-        *static_cast<double*>(number.mutable_data_ptr()) = run.scalars[input.index];
-        plan->constants[k] = number.to(backing_device_of(program.device_index));
-        break;
-      }
-      case ProgramInput::Kind::kNumber: {
-        plan->inputs.push_back({Kind::kNumber, input.index});
-        const c10::Storage nothing(c10::Storage::use_byte_size_t(), 0,
-                                   c10::DataPtr(nullptr, backing_device_of(program.device_index)));
-        plan->constants[k] = backing_tensor(nothing, input.geometry);
-        break;
-      }
-      case ProgramInput::Kind::kRandom: {
-        const auto number = static_cast<uint32_t>(plan->random_steps.size());
-        plan->inputs.push_back({Kind::kRandom, number});
-        plan->random_steps.push_back(input.index);
-        const Step& step = *program.steps[input.index];
-        if (step.randomness == Randomness::kCreates) random.emplace_back(step.results[0].slot, number);
-        break;
-      }
-    }
-  }
-
-  const auto output_of = [&](const at::Tensor& tensor) -> std::optional<Plan::Output> {
-    Plan::Output output;
-    if (!tensor.defined()) return output;
-    if (!is_lazy(tensor)) return std::nullopt;
-    output.geometry = Geometry(*tensor.unsafeGetTensorImpl());
-    const LazyStorage* storage = lazy_storage(tensor);
-    if (const auto argument = argument_of(storage)) {
-      output.kind = Plan::Output::Kind::kArgument;
-      output.index = *argument;
-      return output;
-    }
-    for (const auto& [slot, created] : run.created) {
-      if (created.get() != storage) continue;
-      for (uint32_t k = 0; k < program.outputs.size(); ++k) {
-        if (program.outputs[k].slot != slot) continue;
-        output.kind = Plan::Output::Kind::kMade;
-        output.index = k;
-        return output;
-      }
-      for (const auto& [random_slot, number] : random) {
-        if (random_slot != slot) continue;
-        output.kind = Plan::Output::Kind::kRandom;
-        output.index = number;
-        return output;
-      }
-      return std::nullopt;
-    }
-    for (uint32_t slot = 0; slot < run.inputs.size(); ++slot) {
-      if (run.inputs[slot].get() != storage) continue;
-      output.kind = Plan::Output::Kind::kBound;
-      output.index = bind(slot);
-      return output;
-    }
-    return std::nullopt;
-  };
-  std::vector<const LazyStorage*> accounted;
-  for (const at::Tensor& tensor : result.tensors) {
-    if (tensor.defined() && tensor.requires_grad()) {
-      return never("its result takes part in autograd; call it under torch::NoGradGuard, or "
-                   "put the backward pass into it");
-    }
-    auto output = output_of(tensor);
-    if (!output) return never("it returns a tensor that the program does not make");
-    plan->outputs.push_back(std::move(*output));
-    if (is_lazy(tensor)) accounted.push_back(lazy_storage(tensor));
-  }
-  plan->result_key = result.key;
-
-  // Tensors that others hold: arguments of ops, whose storages are bound.
-  const auto written = [&](uint32_t slot) {
-    return std::any_of(run.steps.begin(), run.steps.end(), [&](const StepPtr& step) {
-      return std::find(step->written.begin(), step->written.end(), slot) != step->written.end();
-    });
-  };
-  for (uint32_t slot = 0; slot < run.inputs.size(); ++slot) {
-    if (run.inputs[slot] == nullptr || !written(slot)) continue;
-    if (const auto argument = argument_of(run.inputs[slot].get())) {
-      plan->written_arguments.push_back(*argument);
-    }
-  }
-  for (const auto& [slot, tensor] : run.tensors) {
-    const auto held = tensor.lock();
-    if (!held || bound[slot] < 0 || lazy_storage(held.get()) != run.inputs[slot].get()) continue;
-    Watched watched{tensor, run.inputs[slot].get(), written(slot)};
-    const at::Tensor grad = held->requires_grad() ? at::Tensor(held->grad()) : at::Tensor();
-    if (grad.defined() && is_lazy(grad)) {
-      const auto created = std::find_if(run.created.begin(), run.created.end(), [&](const auto& each) {
-        return each.second.get() == lazy_storage(grad);
-      });
-      if (created != run.created.end()) {
-        auto output = output_of(grad);
-        if (!output) return never("a gradient that it leaves is no output of its program");
-        plan->gradients.push_back({tensor, std::move(*output)});
-        accounted.push_back(lazy_storage(grad));
-      }
-    }
-    plan->watched.push_back(std::move(watched));
-  }
-  for (const auto& [slot, created] : run.created) {
-    if (std::find(accounted.begin(), accounted.end(), created.get()) == accounted.end()) {
-      return never("it keeps a tensor that it has made, of " + std::to_string(created->nbytes()) +
-                   " bytes");
-    }
-  }
-  return plan;
 }
 
 void Function::explain(std::string& out) const {

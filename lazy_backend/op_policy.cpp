@@ -23,6 +23,7 @@ struct Exception {
   bool host_results = false;
   std::vector<uint8_t> hidden_writes = {};
   int dropout_argument = -1;
+  int index_argument = -1;
 };
 
 const std::unordered_map<std::string_view, Exception>& exceptions() {
@@ -70,7 +71,8 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
        {.randomness = Randomness::kCreates, .constant_floats = true}},
 
       // Host tensors beside those of a device, as CUDA allows them.
-      {"aten::index.Tensor", {.host_tensors = true}},
+      // What a mask chooses depends on its values.
+      {"aten::index.Tensor", {.kind = Kind::kTrace, .host_tensors = true, .index_argument = 1}},
       {"aten::index_put_", {.host_tensors = true}},
       {"aten::index_put", {.host_tensors = true}},
       {"aten::_index_put_impl_", {.host_tensors = true}},
@@ -201,6 +203,7 @@ OpPolicy policy_of(const c10::OperatorHandle& op) {
     policy.constant_floats = exception->constant_floats;
     policy.host_results = exception->host_results;
     policy.dropout_argument = exception->dropout_argument;
+    policy.index_argument = exception->index_argument;
     policy.first_hidden_write = policy.writes.size();
     policy.writes.append(exception->hidden_writes.begin(), exception->hidden_writes.end());
     for (size_t k = 0; k < arguments.size(); ++k) {

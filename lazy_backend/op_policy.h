@@ -54,6 +54,9 @@ struct OpPolicy {
   /// The index of a dropout probability: the op is random where it is not 0, and
   /// is then no step. -1: none.
   int dropout_argument = -1;
+  /// The index of a list of index tensors: where one is a mask, or lies on the host, the call
+  /// is no step. -1: none.
+  int index_argument = -1;
   /// Counts the ops that a session has met.
   uint32_t number = 0;
   /// The index of a `Device` argument, or -1.

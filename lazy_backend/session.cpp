@@ -90,10 +90,24 @@ c10::DeviceIndex device_index_of(c10::ArrayRef<c10::IValue> values, const OpPoli
   return lazy_index(index);
 }
 
+/// Whether all index tensors are lazy ones of integers.
+bool takes_positions(const c10::IValue& indices) {
+  for (const c10::IValue& index : indices.toListRef()) {
+    if (!index.isTensor() || !index.toTensor().defined()) continue;
+    const at::Tensor& tensor = index.toTensor();
+    const bool mask = tensor.scalar_type() == c10::kBool || tensor.scalar_type() == c10::kByte;
+    if (mask || !is_lazy(tensor)) return false;
+  }
+  return true;
+}
+
 /// Whether a call becomes a step, given where its tensors live.
 bool is_traced(const OpPolicy& how, c10::ArrayRef<c10::IValue> arguments) {
   switch (how.kind) {
     case OpPolicy::Kind::kTrace:
+      if (C10_UNLIKELY(how.index_argument >= 0)) {
+        return takes_positions(arguments[static_cast<size_t>(how.index_argument)]);
+      }
       return how.dropout_argument < 0 ||
              arguments[static_cast<size_t>(how.dropout_argument)].toDouble() == 0;
     case OpPolicy::Kind::kCopy: {

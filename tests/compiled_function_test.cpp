@@ -311,26 +311,150 @@ TEST_F(Functions, FreshTensorsOfTheHostAreSaid) {
   EXPECT_NE(explain().find("another in each call and no argument"), std::string::npos) << explain();
 }
 
-TEST_F(Functions, DifferentiableResultsAreRightAndSaid) {
-  torch::manual_seed(0);
-  torch::nn::Linear eager(3, 3), lazy(3, 3);
-  {
-    torch::NoGradGuard no_grad;
-    eager->to(eager_device());
-    lazy->to(torch::kLazy);
-    lazy->weight.copy_(eager->weight.to(torch::kLazy));
-    lazy->bias.copy_(eager->bias.to(torch::kLazy));
-  }
-  const auto compiled = compile(lazy);
-  for (int call = 0; call < 6; ++call) {
-    eager->zero_grad();
-    lazy->zero_grad();
-    eager->forward(given(eager_device(), {4, 3}, call)).square().sum().backward();
-    compiled(given(torch::kLazy, {4, 3}, call)).square().sum().backward();
-    expect_all_close(gradients_of(*lazy), gradients_of(*eager), 50);
+/// Losses of steps whose forward pass is compiled; the loss and the optimizer are not.
+template <class Forward>
+Tensors train(torch::nn::Sequential net, const Forward& forward, torch::Device device, int steps) {
+  torch::optim::SGD optimizer(net->parameters(), torch::optim::SGDOptions(0.05).momentum(0.9));
+  Tensors losses;
+  for (int step = 0; step < steps; ++step) {
+    const auto x = given(device, {8, 6}, step), y = given(device, {8, 3}, 50 + step);
+    const auto loss = (forward(x) - y).square().mean();
+    optimizer.zero_grad();
+    loss.backward();
+    optimizer.step();
+    losses.push_back(loss.detach());
+    if (!device.is_lazy()) continue;
     mark_step();
     wait_for_compiles();
   }
+  return joined(losses, state_of(*net));
+}
+
+torch::nn::Sequential normed_net(torch::Device device) {
+  torch::manual_seed(3);
+  torch::nn::Sequential net(torch::nn::Linear(6, 16), torch::nn::BatchNorm1d(16), torch::nn::GELU(),
+                            torch::nn::Linear(16, 16), torch::nn::Tanh(), torch::nn::Linear(16, 3));
+  net->to(device);
+  return net;
+}
+
+TEST_F(Functions, BothPassesOfADifferentiableFunctionAreReplayed) {
+  auto eager = normed_net(eager_device()), lazy = normed_net(torch::kLazy);
+  const auto expected = train(
+      eager, [&](const torch::Tensor& x) { return eager->forward(x); }, eager_device(), 20);
+  const Count count;
+  const auto forward = compile(
+      [=](const torch::Tensor& x) mutable {
+        count();
+        return lazy->forward(x);
+      },
+      {.name = "forward"});
+  expect_all_close(train(lazy, forward, torch::kLazy, 20), expected, 200);
+  EXPECT_LE(*count.runs, 9) << explain();
+  EXPECT_EQ(explain().find("not replayed"), std::string::npos) << explain();
+}
+
+TEST_F(Functions, ArgumentsGetGradientsThroughReplayedPasses) {
+  const Count count;
+  const auto function = [=](const torch::Tensor& x, const torch::Tensor& w) -> Tensors {
+    count();
+    auto y = x;
+    for (int k = 0; k < 12; ++k) y = torch::tanh(y.matmul(w)) + x;
+    return {y, y.sum(0), (y > 0).to(torch::kLong), x};
+  };
+  const auto compiled = compile(function);
+  for (int call = 0; call < 14; ++call) {
+    SCOPED_TRACE(call);
+    const auto run = [&](const auto& f, torch::Device device) -> Tensors {
+      auto base = given(device, {5, 4}, call).requires_grad_();
+      auto w = given(device, {4, 4}, 30).requires_grad_();
+      const auto x = base * 2;  // no leaf
+      const Tensors made = f(x, w);
+      // Gradients of several layouts, some of none.
+      auto loss = made[0].sum() + made[3].select(1, 0).sum();
+      if (call % 3 == 1) loss = loss + (made[1] * given(device, {4}, 60)).sum();
+      if (call % 3 == 2) loss = made[0].t().matmul(given(device, {5, 2}, 70)).sum();
+      loss.backward();
+      return {made[0], made[1], made[2], base.grad(), w.grad()};
+    };
+    const Tensors expected = run(function, eager_device());
+    const int before = *count.runs;
+    expect_all_close(run(compiled, torch::kLazy), expected, 100);
+    EXPECT_TRUE(call < 10 || *count.runs == before) << explain();
+    mark_step();
+    wait_for_compiles();
+  }
+}
+
+TEST_F(Functions, BackwardPassesAreRepeatedAndRefusedAsEagers) {
+  const auto function = [](const torch::Tensor& x) {
+    auto y = x;
+    for (int k = 0; k < 12; ++k) y = y.sin() * 1.5;
+    return y;
+  };
+  const auto compiled = compile(function, {.name = "waves"});
+  const auto x = given(torch::kLazy, {6}, 1).requires_grad_();
+  for (int call = 0; call < 12; ++call) {
+    compiled(x).sum().backward();
+    mark_step();
+    wait_for_compiles();
+  }
+  const Statistics before = statistics();
+  auto y = compiled(x);
+  EXPECT_EQ(since(before).segments_replayed, 1u) << explain();
+  const auto once = torch::autograd::grad({y.sum()}, {x}, {}, /*retain_graph=*/true)[0];
+  const auto twice = torch::autograd::grad({y.sum()}, {x})[0];
+  expect_close(twice, once, 1);
+  EXPECT_THROW(torch::autograd::grad({y.sum()}, {x}), c10::Error);
+  // What was saved must not have changed.
+  auto z = compiled(x);
+  {
+    torch::NoGradGuard no_grad;
+    x.mul_(2);
+  }
+  try {
+    z.sum().backward();
+    ADD_FAILURE() << "a changed argument went unnoticed";
+  } catch (const c10::Error& error) {
+    EXPECT_NE(std::string(error.what()).find("modified by an inplace operation"), std::string::npos) << error.what();
+  }
+}
+
+TEST_F(Functions, GradientsOfGradientsAreRightAndSaid) {
+  const auto function = [](const torch::Tensor& x) {
+    auto y = x;
+    for (int k = 0; k < 12; ++k) y = y.sin() * 1.5;
+    return y;
+  };
+  const auto compiled = compile(function, {.name = "curved"});
+  const auto second = [](const auto& f, const torch::Tensor& x) {
+    const auto first = torch::autograd::grad({f(x).sum()}, {x}, {}, /*retain_graph=*/true, /*create_graph=*/true)[0];
+    return torch::autograd::grad({first.square().sum()}, {x})[0];
+  };
+  for (int call = 0; call < 8; ++call) {
+    const auto x = given(torch::kLazy, {6}, call).requires_grad_();
+    expect_close(second(compiled, x), second(function, given(eager_device(), {6}, call).requires_grad_()), 100);
+    mark_step();
+    wait_for_compiles();
+  }
+  EXPECT_NE(explain().find("its gradients are differentiated"), std::string::npos) << explain();
+}
+
+TEST_F(Functions, AnOuterGraphThatIsNoArgumentIsSaid) {
+  const auto weight = given(torch::kLazy, {4}, 1).requires_grad_();
+  torch::Tensor scaled;
+  const auto compiled = compile([&](const torch::Tensor& x) { return (x * scaled).exp().sin().cos().tanh(); });
+  for (int call = 0; call < 6; ++call) {
+    scaled = weight * 2;
+    weight.mutable_grad() = torch::Tensor();
+    compiled(given(torch::kLazy, {4}, call)).sum().backward();
+    const auto w = given(eager_device(), {4}, 1).requires_grad_();
+    (given(eager_device(), {4}, call) * (w * 2)).exp().sin().cos().tanh().sum().backward();
+    expect_close(weight.grad(), w.grad(), 20);
+    mark_step();
+    wait_for_compiles();
+  }
+  EXPECT_NE(explain().find("and no argument"), std::string::npos) << explain();
 }
 
 TEST_F(Functions, ErrorsComeOutAndTheProgramGoesOn) {

@@ -114,6 +114,19 @@ TEST_F(DataDependentOps, BooleanMasksWriteAndRead) {
   }
 }
 
+/// Where no index is a mask, the result's shape is known, and the call is a step.
+TEST_F(DataDependentOps, PositionsAreTraced) {
+  const auto x = torch::randn({5, 4, 3}), index = torch::tensor({4, 0, -2}), other = torch::tensor({{1}, {2}});
+  expect_eager_three_ways({x, index, other}, [](Tensors& in) -> Tensors {
+    using torch::indexing::Slice;
+    const auto leaf = in[0].detach().requires_grad_();
+    const auto y = leaf.index({in[1]}) * 2;
+    const auto z = leaf.index({in[1], Slice(), in[2]}).tanh();
+    const auto grad = torch::autograd::grad({y.sum() + z.square().sum()}, {leaf})[0];
+    return {y.detach(), z.detach(), grad};
+  }, {.tolerance = 10});
+}
+
 TEST_F(DataDependentOps, IndicesOnTheHostAreTaken) {
   for (int k = 0; k < 3; ++k) {
     const auto make = [](torch::Device device) -> Tensors {

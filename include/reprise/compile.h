@@ -18,6 +18,12 @@
 /// (`set_data`, `Module::to`), the function is traced anew. A C++ variable that is assigned
 /// another tensor is not noticed: hand it in as an argument.
 ///
+/// Results take part in autograd as eager's do. A backward pass through a compiled function is
+/// compiled too: both passes are replayed once both have a program, which needs some backward
+/// passes to have run. Gradients of gradients (`create_graph`) keep the function from being
+/// replayed where they are asked for from the first calls on, and are an error at that backward
+/// pass where they are asked for later.
+///
 /// A function that a program cannot stand for goes on being run and verified, and
 /// `explain()` says why: it reads a value in the middle, a number in it changes from call to
 /// call without being an argument, it keeps a tensor that it has made (gradients apart).

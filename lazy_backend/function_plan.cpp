@@ -1,0 +1,314 @@
+#include "lazy_backend/function_plan.h"
+
+#include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+
+#include "lazy_backend/below_user_modes.h"
+#include "lazy_backend/device.h"
+#include "lazy_backend/interpreter.h"
+#include "lazy_backend/metrics.h"
+#include "lazy_backend/program_run.h"
+#include "lazy_backend/session.h"
+
+namespace reprise {
+namespace {
+
+using detail::Pack;
+using StoragePtr = c10::intrusive_ptr<LazyStorage>;
+
+at::Tensor seen_through(const LazyStorage& storage, const Geometry& geometry) {
+  const at::Tensor& made = storage.made();
+  if (made.defined() && geometry.matches(*made.unsafeGetTensorImpl())) return made;
+  return backing_tensor(storage.backing(), geometry);
+}
+
+/// Waits for the values of `storage`; false where there will be none.
+bool settled(const LazyStorage& storage) {
+  if (C10_UNLIKELY(storage.pending_in() != nullptr)) Session::settle(&storage);
+  return storage.error() == nullptr && storage.backing();
+}
+
+at::Tensor lazy_over(const StoragePtr& storage, const Geometry& geometry) {
+  return wrap(storage, backing_tensor(storage->backing(), geometry));
+}
+
+}  // namespace
+
+std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& arguments) {
+  for (const Watched& each : plan.watched) {
+    const auto tensor = each.tensor.lock();
+    if (tensor && lazy_storage(tensor.get()) != each.storage) return std::nullopt;
+  }
+  Session::current().flush("a compiled function is called");
+  const Program& program = *plan.program;
+  std::vector<at::Tensor> inputs;
+  inputs.reserve(plan.inputs.size());
+  c10::SmallVector<at::Tensor, 2> random;
+  {
+    c10::InferenceMode normal_tensors(false);
+    for (const uint32_t step : plan.random_steps) random.push_back(draw(*program.steps[step]));
+  }
+  for (size_t k = 0; k < plan.inputs.size(); ++k) {
+    const Plan::Source& source = plan.inputs[k];
+    switch (source.kind) {
+      case Plan::Source::Kind::kArgument:
+      case Plan::Source::Kind::kBound: {
+        const bool argument = source.kind == Plan::Source::Kind::kArgument;
+        const LazyStorage& storage = argument ? *lazy_storage(arguments[source.index])
+                                              : *plan.bound[source.index];
+        if (!settled(storage)) return std::nullopt;
+        inputs.push_back(seen_through(storage, program.inputs[k].geometry));
+        break;
+      }
+      case Plan::Source::Kind::kRandom:
+        inputs.push_back(random[source.index]);
+        break;
+      case Plan::Source::Kind::kScalar:
+      case Plan::Source::Kind::kNumber:
+        inputs.push_back(plan.constants[k]);
+        break;
+    }
+  }
+  std::vector<at::Tensor> made;
+  try {
+    RECORD_FUNCTION("reprise::replay", c10::ArrayRef<const c10::IValue>());
+    c10::InferenceMode normal_tensors(false);
+    const BelowUserModes below;
+    made = program.runner->run(std::move(inputs));
+    for (size_t k = 0; k < made.size(); ++k) made[k] = as_recorded(program, k, made[k]);
+  } catch (const std::exception& error) {
+    // Out of memory, say. What it may have written in part cannot be run again.
+    if (program.writes_inputs) throw;
+    metrics().program_failures.add(1);
+    TORCH_WARN("reprise: a compiled function's program failed, and the function is run: ", error.what());
+    return std::nullopt;
+  }
+  metrics().segments_replayed.add(1);
+  for (const Watched& each : plan.watched) {
+    if (!each.written) continue;
+    if (const auto tensor = each.tensor.lock(); tensor && !tensor->is_inference()) tensor->bump_version();
+  }
+  for (const uint32_t k : plan.written_arguments) {
+    const at::Tensor& tensor = arguments[k];
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+  // Results that share a storage share it again.
+  c10::SmallVector<StoragePtr, 8> storages(made.size());
+  const auto tensor_of = [&](const Plan::Output& output) -> at::Tensor {
+    switch (output.kind) {
+      case Plan::Output::Kind::kNone:
+        return {};
+      case Plan::Output::Kind::kMade: {
+        StoragePtr& storage = storages[output.index];
+        if (!storage) {
+          storage = c10::make_intrusive<LazyStorage>(made[output.index].storage().nbytes(),
+                                                     program.device_index);
+          storage->set_backing(made[output.index].storage());
+          if (output.geometry.matches(*made[output.index].unsafeGetTensorImpl())) {
+            storage->set_made(made[output.index]);
+            return wrap(storage, made[output.index]);
+          }
+        }
+        return lazy_over(storage, output.geometry);
+      }
+      case Plan::Output::Kind::kArgument:
+        return lazy_over(StoragePtr::reclaim_copy(lazy_storage(arguments[output.index])),
+                         output.geometry);
+      case Plan::Output::Kind::kBound:
+        return lazy_over(plan.bound[output.index], output.geometry);
+      case Plan::Output::Kind::kRandom:
+        return wrap_new(random[output.index], program.device_index);
+    }
+    TORCH_INTERNAL_ASSERT(false);
+  };
+  Pack result;
+  result.key = plan.result_key;
+  result.tensors.reserve(plan.outputs.size());
+  for (const Plan::Output& output : plan.outputs) result.tensors.push_back(tensor_of(output));
+  for (const Plan::Gradient& gradient : plan.gradients) {
+    if (const auto leaf = gradient.leaf.lock()) leaf->mutable_grad() = tensor_of(gradient.output);
+  }
+  return result;
+}
+
+PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
+  const FunctionTrace& run = planned.run;
+  const Pack& result = planned.result;
+  const auto never = [&](std::string why) -> PlanPtr {
+    reason = std::move(why);
+    return nullptr;
+  };
+  const auto argument_of = [&](const LazyStorage* storage) -> std::optional<uint32_t> {
+    for (uint32_t k = 0; k < planned.arguments.size(); ++k) {
+      if (planned.arguments[k] != nullptr && planned.arguments[k] == storage) return k;
+    }
+    return std::nullopt;
+  };
+  // Two runs that did the same: what is the same storage in both is bound, what is neither
+  // that nor an argument comes from elsewhere.
+  const bool again = seen.segment == run.segment && seen.inputs.size() == run.inputs.size();
+  const std::vector<StoragePtr> before = std::exchange(seen.inputs, run.inputs);
+  const ScalarValues scalars = std::exchange(seen.scalars, run.scalars);
+  seen.segment = run.segment;
+  if (!again) return nullptr;
+  for (size_t slot = 0; slot < run.inputs.size(); ++slot) {
+    const LazyStorage* storage = run.inputs[slot].get();
+    if (storage == nullptr || argument_of(storage) || before[slot].get() == storage) continue;
+    return never("it uses a tensor that is another in each call and no argument");
+  }
+  if (scalars != run.scalars) return never("a number in it changes from call to call and is no argument");
+  if (run.program == nullptr) return nullptr;
+
+  auto plan = std::make_shared<Plan>();
+  plan->program = run.program;
+  const Program& program = *run.program;
+  std::vector<int64_t> bound(run.inputs.size(), -1);  // by slot
+  const auto bind = [&](uint32_t slot) {
+    if (bound[slot] < 0) {
+      bound[slot] = static_cast<int64_t>(plan->bound.size());
+      plan->bound.push_back(run.inputs[slot]);
+    }
+    return static_cast<uint32_t>(bound[slot]);
+  };
+  plan->constants.resize(program.inputs.size());
+  std::vector<std::pair<uint32_t, uint32_t>> random;  // created slot, number
+  for (size_t k = 0; k < program.inputs.size(); ++k) {
+    const ProgramInput& input = program.inputs[k];
+    using Kind = Plan::Source::Kind;
+    switch (input.kind) {
+      case ProgramInput::Kind::kSlot:
+        if (const auto argument = argument_of(run.inputs[input.index].get())) {
+          plan->inputs.push_back({Kind::kArgument, *argument});
+        } else {
+          plan->inputs.push_back({Kind::kBound, bind(input.index)});
+        }
+        break;
+      case ProgramInput::Kind::kScalar: {
+        plan->inputs.push_back({Kind::kScalar, input.index});
+        at::Tensor number = empty_tensor(input.geometry, sizeof(double), c10::kCPU);
+        *static_cast<double*>(number.mutable_data_ptr()) = run.scalars[input.index];
+        plan->constants[k] = number.to(backing_device_of(program.device_index));
+        break;
+      }
+      case ProgramInput::Kind::kNumber: {
+        plan->inputs.push_back({Kind::kNumber, input.index});
+        const c10::Storage nothing(c10::Storage::use_byte_size_t(), 0,
+                                   c10::DataPtr(nullptr, backing_device_of(program.device_index)));
+        plan->constants[k] = backing_tensor(nothing, input.geometry);
+        break;
+      }
+      case ProgramInput::Kind::kRandom: {
+        const auto number = static_cast<uint32_t>(plan->random_steps.size());
+        plan->inputs.push_back({Kind::kRandom, number});
+        plan->random_steps.push_back(input.index);
+        const Step& step = *program.steps[input.index];
+        if (step.randomness == Randomness::kCreates) random.emplace_back(step.results[0].slot, number);
+        break;
+      }
+    }
+  }
+
+  const auto made_of = [&](uint32_t slot, const std::optional<Geometry>& seen_as) -> std::optional<Plan::Output> {
+    for (uint32_t k = 0; k < program.outputs.size(); ++k) {
+      const ProgramOutput& output = program.outputs[k];
+      if (output.slot == slot) return Plan::Output{Plan::Output::Kind::kMade, k, seen_as.value_or(output.geometry)};
+    }
+    for (const auto& [random_slot, number] : random) {
+      if (random_slot == slot) return Plan::Output{Plan::Output::Kind::kRandom, number, seen_as.value_or(Geometry())};
+    }
+    return std::nullopt;
+  };
+  const auto output_of = [&](const at::Tensor& tensor) -> std::optional<Plan::Output> {
+    Plan::Output output;
+    if (!tensor.defined()) return output;
+    if (!is_lazy(tensor)) return std::nullopt;
+    output.geometry = Geometry(*tensor.unsafeGetTensorImpl());
+    const LazyStorage* storage = lazy_storage(tensor);
+    if (const auto argument = argument_of(storage)) {
+      output.kind = Plan::Output::Kind::kArgument;
+      output.index = *argument;
+      return output;
+    }
+    for (const auto& [slot, created] : run.created) {
+      if (created.get() == storage) return made_of(slot, output.geometry);
+    }
+    for (uint32_t slot = 0; slot < run.inputs.size(); ++slot) {
+      if (run.inputs[slot].get() != storage) continue;
+      output.kind = Plan::Output::Kind::kBound;
+      output.index = bind(slot);
+      return output;
+    }
+    return std::nullopt;
+  };
+  std::vector<const LazyStorage*> accounted;
+  for (const at::Tensor& tensor : result.tensors) {
+    if (tensor.defined() && tensor.requires_grad() && !planned.differentiable) {
+      return never("its result takes part in autograd; call it under torch::NoGradGuard, or "
+                   "put the backward pass into it");
+    }
+    auto output = output_of(tensor);
+    if (!output) return never("it returns a tensor that the program does not make");
+    plan->outputs.push_back(std::move(*output));
+    if (is_lazy(tensor)) accounted.push_back(lazy_storage(tensor));
+  }
+  plan->result_key = result.key;
+
+  // Tensors that others hold: arguments of ops, whose storages are bound.
+  const auto written = [&](uint32_t slot) {
+    return std::any_of(run.steps.begin(), run.steps.end(), [&](const StepPtr& step) {
+      return std::find(step->written.begin(), step->written.end(), slot) != step->written.end();
+    });
+  };
+  for (uint32_t slot = 0; slot < run.inputs.size(); ++slot) {
+    if (run.inputs[slot] == nullptr || !written(slot)) continue;
+    if (const auto argument = argument_of(run.inputs[slot].get())) {
+      plan->written_arguments.push_back(*argument);
+    }
+  }
+  for (const auto& [slot, tensor] : run.tensors) {
+    const auto held = tensor.lock();
+    if (!held || bound[slot] < 0 || lazy_storage(held.get()) != run.inputs[slot].get()) continue;
+    Watched watched{tensor, run.inputs[slot].get(), written(slot)};
+    const at::Tensor grad = held->requires_grad() ? at::Tensor(held->grad()) : at::Tensor();
+    if (grad.defined() && is_lazy(grad)) {
+      const auto created = std::find_if(run.created.begin(), run.created.end(), [&](const auto& each) {
+        return each.second.get() == lazy_storage(grad);
+      });
+      if (created != run.created.end()) {
+        auto output = output_of(grad);
+        if (!output) return never("a gradient that it leaves is no output of its program");
+        plan->gradients.push_back({tensor, std::move(*output)});
+        accounted.push_back(lazy_storage(grad));
+      }
+    }
+    plan->watched.push_back(std::move(watched));
+  }
+  for (const auto& [slot, created] : run.created) {
+    const bool is_result = std::find(accounted.begin(), accounted.end(), created.get()) != accounted.end();
+    if (!planned.differentiable) {
+      if (is_result) continue;
+      return never("it keeps a tensor that it has made, of " + std::to_string(created->nbytes()) + " bytes");
+    }
+    auto output = made_of(slot, std::nullopt);
+    if (!output) return never("its backward pass needs a tensor that the program does not give");
+    plan->outputs.push_back(std::move(*output));
+    plan->kept.push_back(slot);
+  }
+  if (planned.differentiable) {
+    // Batch norm's statistics may be written, parameters not.
+    const bool trains = !plan->gradients.empty() ||
+                        std::any_of(plan->watched.begin(), plan->watched.end(), [](const Watched& each) {
+                          const auto tensor = each.tensor.lock();
+                          return each.written && tensor && tensor->requires_grad();
+                        });
+    if (trains) {
+      return never("its result takes part in autograd, and it has a backward pass or an optimizer's step in it; "
+                   "detach the result");
+    }
+  }
+  return plan;
+}
+
+}  // namespace reprise
