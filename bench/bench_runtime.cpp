@@ -1,42 +1,64 @@
-/// What runs without Python: functions that are replayed by one call (reprise/compile.h).
+/// What runs without Python: functions that are replayed by one call (reprise/compile.h), and
+/// programs whose store holds what an earlier run of them has compiled.
 ///
 ///   explicit/chain100      100 ops on 8 floats
 ///   explicit/mlp_training  forward, backward and SGD with momentum of a small network
+///   explicit/gpt_training  the same of the zoo's GPT, eager in its own process
 ///   threads                8 threads that call one function
+///   warm_start             a program that trains a small network with Adam and knows nothing
+///                          of Reprise, started again; an iteration is a start
 ///
-/// The counter `us_per_call` is the time of a call, `vs_eager` that in proportion to eager's,
-/// taken in turns, `share_of_cores` the calls of all threads in proportion to those of one
-/// thread times the cores.
+/// Counters:
+///   us_per_call         time of a call
+///   vs_eager            that in proportion to eager's, taken in turns
+///   verified            ops of the timed calls that were verified, not replayed
+///   share_of_cores      calls of all threads in proportion to those of one thread times the
+///                       cores
+///   ms_to_first_replay  from the end of the first step, which is recorded, to the end of the
+///                       first that a compiled program has a part in; median of the starts
+///   python_mapped       whether a start has had libpython in its memory, 0 or 1
+///   compiles, loads     programs, of the start with the most; loads are from the store
 #include <benchmark/benchmark.h>
 #include <reprise/reprise.h>
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <functional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "child_process.h"
+#include "eager_process.h"
 #include "harness.h"
 #include "paired_timing.h"
+#include "workloads.h"
 
 namespace {
 
 using Call = std::function<void()>;
 
-void measure(benchmark::State& state, const Call& eager, const Call& compiled) {
+bench::Timed repeated(Call call) {
+  return [call = std::move(call)](int64_t times) { return bench::seconds_of(times, call); };
+}
+
+void measure(benchmark::State& state, const bench::Timed& eager, const Call& compiled) {
   for (int call = 0; call < 64; ++call) {  // until it is replayed, and known to be faster
     compiled();
     reprise::wait_for_compiles();
   }
-  const auto repeat = [](const Call& call) {
-    return [&call](int64_t times) {
-      return bench::seconds_of(1, [&] {
-        for (int64_t k = 0; k < times; ++k) call();
-      });
-    };
-  };
   const auto before = reprise::statistics();
-  const auto timing = bench::time_in_pairs(repeat(eager), repeat(compiled));
+  const auto timing = bench::time_in_pairs(eager, repeated(compiled));
   for (auto _ : state) compiled();
   const auto after = reprise::statistics();
   state.counters["us_per_call"] = 1e6 * timing.candidate_s;
@@ -52,7 +74,7 @@ void chain100(benchmark::State& state) {
   };
   const auto host = torch::rand({8}), lazy = host.to(torch::kLazy);
   const auto compiled = reprise::compile(chain);
-  measure(state, [&] { chain(host); }, [&] { compiled(lazy); });
+  measure(state, repeated([&] { chain(host); }), [&] { compiled(lazy); });
 }
 
 void mlp_training(benchmark::State& state) {
@@ -76,7 +98,21 @@ void mlp_training(benchmark::State& state) {
   const auto compiled = reprise::compile(make(torch::kLazy));
   const auto x = torch::rand({32, 64}), y = torch::randint(10, {32}, torch::kLong);
   const auto lazy_x = x.to(torch::kLazy), lazy_y = y.to(torch::kLazy);
-  measure(state, [&] { eager(x, y); }, [&] { compiled(lazy_x, lazy_y); });
+  measure(state, repeated([&] { eager(x, y); }), [&] { compiled(lazy_x, lazy_y); });
+}
+
+/// With SGD: Adam computes its bias corrections in C++, numbers that change from call to call
+/// without being arguments, so that its steps would go on being verified.
+void gpt_training(benchmark::State& state) {
+  const auto& workload = bench::gpt_sgd_training();
+  bench::EagerProcess eager(workload.name(), reprise::backing_device());
+  const auto compiled = reprise::compile(workload.on(torch::kLazy).step);
+  measure(
+      state, [&](int64_t steps) { return eager.steps(steps); },
+      [&] {
+        compiled();
+        reprise::sync();
+      });
 }
 
 void threads(benchmark::State& state) {
@@ -111,13 +147,130 @@ void threads(benchmark::State& state) {
   state.counters["share_of_cores"] = timing.speedup / cores;
 }
 
+/// What a start of the small program tells of itself.
+struct Start {
+  double ms_to_first_replay = 0.0;
+  uint64_t compiles = 0;
+  uint64_t loads = 0;
+  bool replayed = false;
+  bool python_mapped = false;
+};
+
+constexpr std::string_view kStartFlag = "--train-a-small-network";
+constexpr int kStarts = 9;
+
+bool is_mapped(std::string_view library) {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    if (line.find(library) != std::string::npos) return true;
+  }
+  return false;
+}
+
+/// Calls `step`, which waits for its result, until a program has run, then a while longer, in
+/// which other programs may be wanted.
+Start start(const std::function<void()>& step) {
+  constexpr double kLongest_s = 300.0;
+  constexpr int kLaterSteps = 200;
+  Start report;
+  step();
+  const auto begin = std::chrono::steady_clock::now();
+  double seconds = 0.0;
+  auto totals = reprise::statistics();
+  while (totals.segments_replayed == 0 && totals.compile_failures == 0 && seconds < kLongest_s) {
+    step();
+    seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    totals = reprise::statistics();
+  }
+  report.ms_to_first_replay = 1e3 * seconds;
+  report.replayed = totals.segments_replayed > 0;
+  for (int k = 0; k < kLaterSteps; ++k) step();
+  reprise::wait_for_compiles();
+  totals = reprise::statistics();
+  report.compiles = totals.programs_compiled;
+  report.loads = totals.programs_loaded;
+  report.python_mapped = is_mapped("libpython");
+  return report;
+}
+
+/// To be called first in `main`. True when this process is a start of the small program.
+bool served_start(int argc, char** argv) {
+  if (argc != 2 || argv[1] != kStartFlag) return false;
+  bench::set_threads();
+  torch::manual_seed(0);
+  torch::nn::Sequential net(torch::nn::Linear(64, 128), torch::nn::ReLU(),
+                            torch::nn::Linear(128, 128), torch::nn::ReLU(),
+                            torch::nn::Linear(128, 10));
+  net->to(torch::kLazy);
+  torch::optim::Adam adam(net->parameters(), torch::optim::AdamOptions(1e-3));
+  const auto x = torch::rand({32, 64}).to(torch::kLazy);
+  const auto y = torch::randint(10, {32}, torch::kLong).to(torch::kLazy);
+  const Start report = start([&] {
+    const auto loss = torch::nn::functional::cross_entropy(net->forward(x), y);
+    adam.zero_grad();
+    loss.backward();
+    adam.step();
+    loss.item<double>();
+  });
+  bench::channel_to_parent().send(report);
+  return true;
+}
+
+/// A folder of its own for the small program's compiled programs.
+class Store {
+ public:
+  Store() {
+    if (::mkdtemp(path_.data()) == nullptr) {
+      throw std::system_error(errno, std::generic_category(), path_);
+    }
+  }
+  ~Store() { std::filesystem::remove_all(path_); }
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
+
+  /// Starts the small program with it. Throws std::runtime_error where it fails.
+  Start start() const {
+    const bench::ChildProcess child({std::string(kStartFlag)}, {"REPRISE_CACHE_DIR=" + path_});
+    Start report;
+    if (!child.channel().receive(report)) throw std::runtime_error("the small program has failed");
+    return report;
+  }
+
+ private:
+  std::string path_ = std::filesystem::temp_directory_path() / "reprise-warm-start-XXXXXX";
+};
+
+void warm_start(benchmark::State& state) {
+  const Store store;
+  if (!store.start().replayed) {
+    state.SkipWithError("the start that was to fill the store has replayed nothing");
+    return;
+  }
+  std::vector<double> ms;
+  double python_mapped = 0.0, compiles = 0.0, loads = 0.0;
+  for (auto _ : state) {
+    const Start start = store.start();
+    ms.push_back(start.ms_to_first_replay);
+    python_mapped = std::max(python_mapped, start.python_mapped ? 1.0 : 0.0);
+    compiles = std::max(compiles, static_cast<double>(start.compiles));
+    loads = std::max(loads, static_cast<double>(start.loads));
+  }
+  state.counters["ms_to_first_replay"] = bench::median(ms);
+  state.counters["python_mapped"] = python_mapped;
+  state.counters["compiles"] = compiles;
+  state.counters["loads"] = loads;
+}
+
 BENCHMARK(chain100)->Name("explicit/chain100");
 BENCHMARK(mlp_training)->Name("explicit/mlp_training");
+BENCHMARK(gpt_training)->Name("explicit/gpt_training")->Unit(benchmark::kMillisecond);
 BENCHMARK(threads)->Name("threads");
+BENCHMARK(warm_start)->Name("warm_start")->Iterations(kStarts)->Unit(benchmark::kMillisecond);
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (bench::served_eager_steps(argc, argv) || served_start(argc, argv)) return 0;
   bench::set_threads();
   return bench::run_registered(argc, argv);
 }

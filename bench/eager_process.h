@@ -7,10 +7,11 @@
 #pragma once
 
 #include <c10/core/Device.h>
-#include <sys/types.h>
 
 #include <cstdint>
 #include <string>
+
+#include "child_process.h"
 
 namespace bench {
 
@@ -19,18 +20,13 @@ class EagerProcess {
  public:
   /// Starts it. Throws std::system_error where it cannot.
   EagerProcess(const std::string& workload, c10::Device device);
-  ~EagerProcess();
-  EagerProcess(const EagerProcess&) = delete;
-  EagerProcess& operator=(const EagerProcess&) = delete;
 
   /// Does so many steps there; returns their seconds as measured there. Throws
   /// std::runtime_error when the process has ended.
   double steps(int64_t count);
 
  private:
-  pid_t child_ = -1;
-  int ask_ = -1;
-  int answer_ = -1;
+  ChildProcess child_;
 };
 
 /// To be called first in `main`. True when this process is such a copy: it has then

@@ -22,12 +22,6 @@ constexpr double kShortestTurn_s = 20e-3;
 // of the one process would take the cores of the other.
 constexpr auto kPauseBetweenTurns = std::chrono::milliseconds(20);
 
-double median(std::vector<double> values) {
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
-}
-
 /// The same for one pair of tensors. Numbers that are equal, infinite ones too, do not differ.
 double relative_difference(const torch::Tensor& expected, const torch::Tensor& actual) {
   constexpr double kIncomparable = std::numeric_limits<double>::infinity();
@@ -44,6 +38,12 @@ double relative_difference(const torch::Tensor& expected, const torch::Tensor& a
 }
 
 }  // namespace
+
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
 
 double seconds_of(int64_t repetitions, const std::function<void()>& work) {
   const auto begin = std::chrono::steady_clock::now();

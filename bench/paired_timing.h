@@ -19,6 +19,9 @@ using Timed = std::function<double(int64_t repetitions)>;
 /// Seconds that so many repetitions of `work` take, for use in a `Timed`.
 double seconds_of(int64_t repetitions, const std::function<void()>& work);
 
+/// Of an odd number of values the one in the middle, of an even number the upper one there.
+double median(std::vector<double> values);
+
 struct PairedTiming {
   double baseline_s = 0.0;   ///< Median time of a repetition of the baseline.
   double candidate_s = 0.0;  ///< The same of the candidate.

@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 
 #include <cstdlib>
+#include <stdexcept>
 
 #include "cpp_models/argon.h"
 #include "cpp_models/dcgan.h"
@@ -20,6 +21,7 @@ namespace F = torch::nn::functional;
 
 constexpr uint64_t kSeed = 0;
 constexpr double kLearningRate = 1e-3;
+constexpr double kMomentum = 0.9;
 constexpr int64_t kMlpBatch = 32;
 constexpr int64_t kImageBatch = 16;
 constexpr int64_t kImageSize = 32;
@@ -79,12 +81,18 @@ torch::Tensor all_gradients(const torch::nn::Module& module) {
   return torch::cat(gradients);
 }
 
+const torch::Tensor& moment(const torch::optim::OptimizerParamState& state) {
+  if (const auto* const sgd = dynamic_cast<const torch::optim::SGDParamState*>(&state)) {
+    return sgd->momentum_buffer();
+  }
+  return dynamic_cast<const torch::optim::AdamParamState&>(state).exp_avg();
+}
+
 torch::Tensor all_moments(torch::optim::Optimizer& optimizer) {
   std::vector<torch::Tensor> moments;
   for (const auto& parameter : optimizer.param_groups().at(0).params()) {
-    const auto& state = static_cast<torch::optim::AdamParamState&>(
-        *optimizer.state().at(parameter.unsafeGetTensorImpl()));
-    moments.push_back(state.exp_avg().flatten());
+    const auto& state = *optimizer.state().at(parameter.unsafeGetTensorImpl());
+    moments.push_back(moment(state).flatten());
   }
   return torch::cat(moments);
 }
@@ -123,16 +131,15 @@ Job inference(const Classification<Model>& task, const Place& where) {
       [](auto& module, const torch::Tensor& input) { return module.forward(input); });
 }
 
-template <typename Model>
-Job training(const Classification<Model>& task, const Place& where) {
+template <typename Optimizer, typename Model, typename Options>
+Job training(const Classification<Model>& task, const Place& where, const Options& options) {
   torch::manual_seed(kSeed);
   Model model = task.model();
   const auto example = task.example();
   const auto input = moved(example.input, where);
   const auto target = moved(example.target, where);
   move(*model, where);
-  const auto optimizer = std::make_shared<torch::optim::Adam>(
-      model->parameters(), torch::optim::AdamOptions(kLearningRate));
+  const auto optimizer = std::make_shared<Optimizer>(model->parameters(), options);
   const auto step = [=]() mutable {
     const auto logits = model->forward(input);
     const auto loss = F::cross_entropy(logits.flatten(0, -2), target);
@@ -156,7 +163,10 @@ template <typename Model>
 void add(
     std::vector<Workload>& rows, const std::string& name, const Classification<Model>& task) {
   rows.push_back({name, "forward", [=](const Place& where) { return inference(task, where); }});
-  rows.push_back({name, "train", [=](const Place& where) { return training(task, where); }});
+  rows.push_back({name, "train", [=](const Place& where) {
+                    return training<torch::optim::Adam>(
+                        task, where, torch::optim::AdamOptions(kLearningRate));
+                  }});
 }
 
 Example random_text(int64_t batch, int64_t length, int64_t vocabulary) {
@@ -354,6 +364,28 @@ const std::vector<Workload>& workloads() {
     return rows;
   }();
   return kWorkloads;
+}
+
+const Workload& gpt_sgd_training() {
+  static const Workload kWorkload{
+      "gpt", "train_sgd", [](const Place& where) {
+        return training<torch::optim::SGD>(
+            gpt(cpp_models::Attention::kMatmul), where,
+            torch::optim::SGDOptions(kLearningRate).momentum(kMomentum));
+      }};
+  return kWorkload;
+}
+
+const Workload& workload_named(std::string_view name) {
+  for (const auto& workload : workloads()) {
+    if (workload.name() == name) {
+      return workload;
+    }
+  }
+  if (gpt_sgd_training().name() == name) {
+    return gpt_sgd_training();
+  }
+  throw std::invalid_argument("no workload " + std::string(name));
 }
 
 }  // namespace bench

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace bench {
@@ -67,5 +68,12 @@ torch::Tensor chain(torch::Tensor x, const torch::Tensor& factor, int ops = kCha
 
 /// All workloads, in the order of the table.
 const std::vector<Workload>& workloads();
+
+/// Beside the table: the small GPT as there, trained with SGD with momentum.
+const Workload& gpt_sgd_training();
+
+/// The one of this name, of the table or beside it. Throws std::invalid_argument where there
+/// is none.
+const Workload& workload_named(std::string_view name);
 
 }  // namespace bench
