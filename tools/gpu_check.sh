@@ -48,11 +48,13 @@ part_build() {
 part_test() {
   # A shard a core, but for those that a GPU's processes share.
   local shards=$((JOBS > 12 ? 12 : JOBS)) k
-  local others='Linking.*:ProcessExit.*:WithoutACompiler.*:CacheFolder.*:WrongPrograms.*'
+  local others='Linking.*:ProcessExit.*:WithoutACompiler.*:CacheFolder.*:WrongPrograms.*:Packages.*'
   for ((k = 0; k < shards; ++k)); do
     GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$k timed "test-$k" 240 \
       "$BUILD/bin/reprise_tests" "--gtest_filter=-$others" &
   done
+  # Its files are made once, by a Python that compiles.
+  timed test-packages 240 "$BUILD/bin/reprise_tests" '--gtest_filter=Packages.*' &
   wait
 }
 
