@@ -208,8 +208,13 @@ class TracedBackward final : public autograd::Node {
     plan->inputs = inputs_;
     for (const Plan::Source& source : backward->inputs) {
       if (source.kind != Plan::Source::Kind::kArgument || source.index < gradients.size()) continue;
-      const auto argument = static_cast<uint32_t>(source.index - gradients.size());
-      if (argument < forward_.arguments.size()) plan->saved_arguments.push_back(argument);
+      const auto saved = static_cast<uint32_t>(source.index - gradients.size());
+      const auto arguments = static_cast<uint32_t>(forward_.arguments.size());
+      if (saved < arguments) {
+        plan->saved_arguments.push_back(saved);
+      } else {
+        plan->saved_kept.push_back(saved - arguments);
+      }
     }
     const auto& watched = forward_.plan->watched;
     for (uint32_t k = 0; k < watched.size(); ++k) {
@@ -238,7 +243,8 @@ class TracedBackward final : public autograd::Node {
 class ReplayedBackward final : public autograd::Node {
  public:
   ReplayedBackward(DifferentiablePlanPtr plan, std::string name, const std::vector<at::Tensor>& arguments,
-                   std::vector<at::Tensor> kept, const std::vector<at::Tensor>& inputs)
+                   std::vector<at::Tensor> kept, const std::vector<at::Tensor>& inputs,
+                   const std::vector<at::Tensor>& results)
       : plan_(std::move(plan)), name_(std::move(name)), arguments_(arguments), kept_(std::move(kept)) {
     for (const at::Tensor& input : inputs) add_next_edge(autograd::impl::gradient_edge(input));
     for (at::Tensor& argument : arguments_) {
@@ -248,6 +254,14 @@ class ReplayedBackward final : public autograd::Node {
     for (const uint32_t k : plan_->saved_watched) {
       const auto tensor = plan_->forward->watched[k].tensor.lock();
       watched_versions_.push_back(tensor && !tensor->is_inference() ? tensor->version_counter().current_version() : 0);
+    }
+    std::vector<const LazyStorage*> saved;
+    for (const uint32_t k : plan_->saved_arguments) saved.push_back(lazy_storage(arguments_[k]));
+    for (const uint32_t k : plan_->saved_kept) saved.push_back(lazy_storage(kept_[k]));
+    for (const at::Tensor& result : results) {
+      if (!is_lazy(result) || std::find(saved.begin(), saved.end(), lazy_storage(result)) == saved.end()) continue;
+      // Not the result itself, whose history this node is.
+      saved_results_.emplace_back(autograd::impl::version_counter(result), result._version());
     }
   }
   std::string name() const override { return "ReplayedBackward(" + name_ + ")"; }
@@ -293,12 +307,17 @@ class ReplayedBackward final : public autograd::Node {
       TORCH_CHECK(version == watched_versions_[k], kChanged, "a tensor of ", tensor->sizes(), " that ", name_,
                   " uses is at version ", version, "; expected version ", watched_versions_[k], " instead.");
     }
+    for (const auto& [counter, version] : saved_results_) {
+      TORCH_CHECK(counter.current_version() == version, kChanged, "a result of ", name_, " is at version ",
+                  counter.current_version(), "; expected version ", version, " instead.");
+    }
   }
 
   const DifferentiablePlanPtr plan_;
   const std::string name_;
   std::vector<at::Tensor> arguments_, kept_;
-  std::vector<uint32_t> versions_, watched_versions_;
+  std::vector<int64_t> versions_, watched_versions_;
+  std::vector<std::pair<c10::VariableVersion, int64_t>> saved_results_;
   bool released_ = false;
 };
 
@@ -343,7 +362,7 @@ std::optional<detail::Pack> replay_differentiable(const DifferentiablePlanPtr& p
   const auto results = static_cast<std::ptrdiff_t>(tensors.size() - plan->forward->kept.size());
   std::vector<at::Tensor> kept(tensors.begin() + results, tensors.end());
   tensors.resize(static_cast<size_t>(results));
-  const auto node = std::make_shared<ReplayedBackward>(plan, name, arguments, std::move(kept), inputs);
+  const auto node = std::make_shared<ReplayedBackward>(plan, name, arguments, std::move(kept), inputs, tensors);
   for (const uint32_t k : plan->results) autograd::set_history(tensors[k], node);
   return pack;
 }

@@ -30,6 +30,7 @@ struct DifferentiablePlan {
   std::vector<GradientInput> inputs;
   std::vector<uint32_t> saved_arguments;   ///< which the backward pass reads
   std::vector<uint32_t> saved_watched;     ///< the same of `forward->watched`
+  std::vector<uint32_t> saved_kept;        ///< the same of `forward->kept`
 };
 using DifferentiablePlanPtr = std::shared_ptr<const DifferentiablePlan>;
 
