@@ -13,6 +13,8 @@
 
 #include "compiler_bridge/compile_queue.h"
 #include "interchange/package_metadata.h"
+#include "interchange/pt2_archive.h"
+#include "interchange/temporary_file.h"
 #include "interchange/traced_function.h"
 #include "lazy_backend/json_text.h"
 #include "lazy_backend/session.h"
@@ -21,22 +23,6 @@
 
 namespace reprise {
 namespace {
-
-/// A file that goes with the object.
-class TemporaryFile {
- public:
-  explicit TemporaryFile(std::string path) : path_(std::move(path)) {}
-  ~TemporaryFile() {
-    std::error_code ignored;
-    std::filesystem::remove(path_, ignored);
-  }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
-  const std::string& path() const { return path_; }
-
- private:
-  const std::string path_;
-};
 
 /// What a package of this trace wants of its arguments.
 ProgramInputs inputs_of(const TracedFunction& traced, const std::vector<at::Tensor>& arguments,
@@ -67,6 +53,27 @@ ProgramInputs inputs_of(const TracedFunction& traced, const std::vector<at::Tens
   return out;
 }
 
+/// Throws where the package gives other values than the function did.
+void expect_same(const std::string& file, const std::vector<at::Tensor>& arguments,
+                 const std::vector<at::Tensor>& results) {
+  std::vector<at::Tensor> inputs;
+  for (const at::Tensor& tensor : arguments) {
+    Session::settle(lazy_storage(tensor));
+    inputs.push_back(unwrap(tensor));
+  }
+  torch::inductor::AOTIModelPackageLoader loader(file);
+  const std::vector<at::Tensor> outputs = loader.run(inputs);
+  for (size_t k = 0; k < outputs.size(); ++k) {
+    const at::Tensor expected = unwrap(results[k]);
+    const bool exact = !c10::isFloatingType(expected.scalar_type()) && !expected.is_complex();
+    const bool low = expected.scalar_type() == c10::kHalf || expected.scalar_type() == c10::kBFloat16;
+    const double tolerance = exact ? 0 : low ? 2e-2 : 1e-3;
+    TORCH_CHECK(outputs[k].sizes() == expected.sizes() && outputs[k].scalar_type() == expected.scalar_type() &&
+                    at::allclose(outputs[k], expected, tolerance, tolerance, /*equal_nan=*/true),
+                "reprise: export_package: the package gives other values than the function did; nothing was written");
+  }
+}
+
 }  // namespace
 
 namespace detail {
@@ -83,6 +90,8 @@ void export_function(Pack&& pack, FunctionBody body, const NamedTensors& named, 
   TORCH_CHECK_VALUE(!options.target || options.target->device == "cuda",
                     "reprise: export_package: nothing can be compiled for another device than "
                     "cuda, and '", options.target->device, "' was named");
+  TORCH_CHECK_VALUE(!options.entry.empty() && options.entry.find_first_of("/.") == std::string::npos,
+                    "reprise: export_package: a program cannot be called '", options.entry, "'");
   const c10::AutoGradMode no_grad(false);
   const TracedFunction traced = trace_function("reprise: export_package", arguments, body, WritesWeights::kNo);
   const std::vector<int64_t>& order = traced.order;
@@ -119,32 +128,15 @@ void export_function(Pack&& pack, FunctionBody body, const NamedTensors& named, 
                                    "],\"metadata\":{\"inputs\":" + json_text(names) + ",\"symbols\":" +
                                    json_text(text_of(traced.marks)) + "," + json_text(kInputsKey) + ":" +
                                    json_text(text_of(wanted)) + "}},");
-  CompileQueue::get().compile_package(trace, file);
-
-  if (options.target) return;
-
-  // It gives what the function gave.
-  std::vector<at::Tensor> inputs;
-  for (const at::Tensor& tensor : arguments) {
-    Session::settle(lazy_storage(tensor));
-    inputs.push_back(unwrap(tensor));
-  }
-  torch::inductor::AOTIModelPackageLoader loader(file);
-  const std::vector<at::Tensor> outputs = loader.run(inputs);
-  for (size_t k = 0; k < outputs.size(); ++k) {
-    const at::Tensor expected = unwrap(traced.results[k]);
-    const bool exact = !c10::isFloatingType(expected.scalar_type()) && !expected.is_complex();
-    const bool low = expected.scalar_type() == c10::kHalf || expected.scalar_type() == c10::kBFloat16;
-    const double tolerance = exact ? 0 : low ? 2e-2 : 1e-3;
-    if (outputs[k].sizes() == expected.sizes() && outputs[k].scalar_type() == expected.scalar_type() &&
-        at::allclose(outputs[k], expected, tolerance, tolerance, /*equal_nan=*/true)) {
-      continue;
-    }
-    std::error_code ignored;
-    std::filesystem::remove(file, ignored);
-    TORCH_CHECK(false, "reprise: export_package: the package gives other values than the function "
-                "did; nothing was written");
-  }
+  // Beside the file that it becomes, which stays what it is until all has gone well.
+  const TemporaryFile compiled(file + ".compiled-" + std::to_string(::getpid()) + ".pt2");
+  const TemporaryFile guards(compiled.path() + ".guards");
+  CompileQueue::get().compile_package(trace, compiled.path());
+  if (!options.target) expect_same(compiled.path(), arguments, traced.results);
+  Pt2Archive program(compiled.path());
+  std::optional<Pt2Archive> others;
+  if (options.add_to_file && std::filesystem::exists(file)) others.emplace(file);
+  write_package(file, others ? &*others : nullptr, program, options.entry);
 }
 
 }  // namespace detail

@@ -1,5 +1,7 @@
 #include "interchange/pt2_archive.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <filesystem>
 
@@ -56,6 +58,32 @@ c10::Storage Pt2Archive::storage(const std::string& record) {
   TORCH_CHECK(has(record), "reprise: '", path_, "' has no record '", record, "'");
   auto [data, size] = reader_.getRecord(record);
   return {c10::Storage::use_byte_size_t(), size, std::move(data)};
+}
+
+void write_package(const std::string& path, Pt2Archive* others, Pt2Archive& program, const std::string& entry) {
+  const std::string folder = "data/aotinductor/", own = folder + program.compiled_programs().at(0) + "/",
+                    named = folder + entry + "/";
+  const std::string partial = path + ".partial-" + std::to_string(::getpid());
+  {
+    caffe2::serialize::PyTorchStreamWriter writer(partial);
+    const auto copy = [&](Pt2Archive& from, const std::string& record, const std::string& as) {
+      // Written by the writer itself.
+      if (record.starts_with(".data/") || record == "version") return;
+      if (writer.getAllWrittenRecords().contains(as)) return;
+      const std::string bytes = from.text(record);
+      writer.writeRecord(as, bytes.data(), bytes.size());
+    };
+    for (const std::string& record : program.records()) {
+      copy(program, record, record.starts_with(own) ? named + record.substr(own.size()) : record);
+    }
+    if (others != nullptr) {
+      for (const std::string& record : others->records()) {
+        if (!record.starts_with(named)) copy(*others, record, record);
+      }
+    }
+    writer.writeEndOfFile();
+  }
+  std::filesystem::rename(partial, path);
 }
 
 }  // namespace reprise

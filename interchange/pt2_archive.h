@@ -23,6 +23,7 @@ class Pt2Archive {
   std::vector<std::string> exported_programs() const;
   std::vector<std::string> compiled_programs() const;
 
+  const std::vector<std::string>& records() const { return records_; }
   bool has(const std::string& record);
   /// The bytes of a record. Throws c10::Error, which names file and record, without it.
   std::string text(const std::string& record);
@@ -33,5 +34,9 @@ class Pt2Archive {
   caffe2::serialize::PyTorchStreamReader reader_;
   std::vector<std::string> records_;
 };
+
+/// Writes an archive, whole or not at all: the compiled program in `program`, which is called
+/// `entry` from then on, and what is in `others`, which may be null, but for one of that name.
+void write_package(const std::string& path, Pt2Archive* others, Pt2Archive& program, const std::string& entry);
 
 }  // namespace reprise

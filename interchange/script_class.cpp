@@ -5,11 +5,10 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 
-#include "interchange/compiled_package.h"
+#include "interchange/temporary_file.h"
 #include "reprise/package.h"
 #include "reprise/torchscript.h"
 
@@ -17,27 +16,17 @@ namespace reprise {
 namespace {
 
 /// A file for the time in which its content is loaded.
-class ScratchFile {
- public:
-  explicit ScratchFile(const at::Tensor& bytes) {
-    static std::atomic<uint64_t> next{0};
-    path_ = (std::filesystem::temp_directory_path() /
-             c10::str("reprise-package-", ::getpid(), "-", next.fetch_add(1), ".pt2")).string();
-    std::ofstream file(path_, std::ios::binary);
-    file.write(static_cast<const char*>(bytes.const_data_ptr()), bytes.numel());
-    TORCH_CHECK(file.flush().good(), "reprise: '", path_, "' cannot be written");
-  }
-  ~ScratchFile() {
-    std::error_code ignored;
-    std::filesystem::remove(path_, ignored);
-  }
-  ScratchFile(const ScratchFile&) = delete;
-  ScratchFile& operator=(const ScratchFile&) = delete;
-  const std::string& path() const { return path_; }
+std::string scratch_path() {
+  static std::atomic<uint64_t> next{0};
+  return (std::filesystem::temp_directory_path() /
+          c10::str("reprise-package-", ::getpid(), "-", next.fetch_add(1), ".pt2")).string();
+}
 
- private:
-  std::string path_;
-};
+void write_bytes(const at::Tensor& bytes, const std::string& path) {
+  std::ofstream file(path, std::ios::binary);
+  file.write(static_cast<const char*>(bytes.const_data_ptr()), bytes.numel());
+  TORCH_CHECK(file.flush().good(), "reprise: '", path, "' cannot be written");
+}
 
 at::Tensor bytes_of(const std::string& path) {
   TORCH_CHECK(std::filesystem::is_regular_file(path), "reprise: '", path, "' is no file");
@@ -69,7 +58,8 @@ TORCH_LIBRARY_FRAGMENT(reprise, m) {
       .def("run", &ScriptPackage::run)
       .def_pickle([](const c10::intrusive_ptr<ScriptPackage>& self) { return self->bytes(); },
                   [](at::Tensor bytes) {
-                    const ScratchFile file(bytes);
+                    const TemporaryFile file(scratch_path());
+                    write_bytes(bytes, file.path());
                     return c10::make_intrusive<ScriptPackage>(std::move(bytes), file.path());
                   });
 }

@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "cpp_models/gpt.h"
+#include "tests/expect_error.h"
 #include "tests/sized_steps.h"
 
 namespace reprise::test {
@@ -34,16 +35,6 @@ Tensors on_device(Tensors tensors, torch::Device device) {
 Tensors run(const std::string& path, const Tensors& inputs) {
   torch::inductor::AOTIModelPackageLoader loader(path);
   return loader.run(on_device(inputs, eager_device()));
-}
-
-template <class Call>
-void expect_error(const Call& call, const std::string& part) {
-  try {
-    call();
-    ADD_FAILURE() << "nothing was thrown; expected: " << part;
-  } catch (const c10::Error& error) {
-    EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-  }
 }
 
 torch::Tensor lazy(torch::IntArrayRef sizes) { return torch::randn(sizes).to(torch::kLazy); }

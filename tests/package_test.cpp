@@ -9,6 +9,7 @@
 
 #include "reprise/reprise.h"
 #include "tests/child_process.h"
+#include "tests/expect_error.h"
 #include "tests/sized_steps.h"
 
 namespace reprise::test {
@@ -52,16 +53,6 @@ class Packages : public LazySizes {
     return numbers;
   }
 };
-
-template <class Error = c10::Error, class Call>
-void expect_error(const Call& call, const std::string& part) {
-  try {
-    call();
-    ADD_FAILURE() << "nothing was thrown; expected: " << part;
-  } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-  }
-}
 
 /// Losses of training steps like those of the script.
 template <class Optimizer, class Options>
@@ -273,6 +264,32 @@ TEST_F(Packages, WhatIsExportedHereIsLoadedHere) {
                                 "input 0 (features) dimension 0: rows, 2 to 16 expected, and 17 came");
   expect_error<c10::ValueError>([&] { loaded->forward(torch::randn({3, 5}).to(eager_device())); },
                                 "input 0 (features) dimension 1: 4 expected, and 5 came");
+}
+
+TEST_F(Packages, SeveralProgramsInOneFile) {
+  torch::nn::Linear embed(4, 8), head(8, 2);
+  embed->to(torch::kLazy);
+  head->to(torch::kLazy);
+  const auto x = torch::randn({3, 4}), h = torch::randn({3, 8});
+  const auto file = path("two.pt2");
+  export_package(embed, std::tuple(x.to(torch::kLazy)), file, {.entry = "embed"});
+  export_package(head, std::tuple(h.to(torch::kLazy)), file, {.entry = "head", .add_to_file = true});
+  expect_error<c10::ValueError>([&] { load_package(file); }, "has several programs (embed, head)");
+  const auto first = load_package(file, {.entry = "embed"}), second = load_package(file, {.entry = "head"});
+  torch::NoGradGuard no_grad;
+  embed->to(eager_device());
+  head->to(eager_device());
+  const auto y = torch::randn({3, 4}).to(eager_device());
+  expect_close(second->forward(first->forward(y)), head->forward(embed->forward(y)), 20);
+  if (!eager_device().is_cpu()) return;
+  const double expected = embed->forward(torch::ones({3, 4}))[0][0].item<double>();
+  const std::string script =
+      "import torch\n"
+      "y = torch._inductor.aoti_load_package('" + file + "', 'embed')(torch.ones(3, 4))\n"
+      "y = y[0] if isinstance(y, (list, tuple)) else y\n"
+      "assert abs(y[0, 0].item() - " + std::to_string(expected) + ") < 1e-4, y\n";
+  const Ended ended = run_child({std::getenv("REPRISE_TEST_PYTHON"), "-c", script});
+  EXPECT_EQ(ended.status, 0) << ended.output;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "cpp_models/gpt.h"
 #include "reprise/reprise.h"
 #include "tests/child_process.h"
+#include "tests/expect_error.h"
 #include "tests/sized_steps.h"
 
 namespace reprise::test {
@@ -34,16 +35,6 @@ torch::nn::Sequential network() {
   torch::manual_seed(2);
   return torch::nn::Sequential(torch::nn::Linear(6, 16), torch::nn::BatchNorm1d(16), torch::nn::GELU(),
                                torch::nn::Linear(16, 3));
-}
-
-template <class Call>
-void expect_error(const Call& call, const std::string& part) {
-  try {
-    call();
-    ADD_FAILURE() << "nothing was thrown; expected: " << part;
-  } catch (const c10::Error& error) {
-    EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-  }
 }
 
 TEST_F(Scripts, AModuleWithItsWeightsAndNames) {

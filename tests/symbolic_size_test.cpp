@@ -2,6 +2,7 @@
 #include <torch/torch.h>
 
 #include "cpp_models/gpt.h"
+#include "tests/expect_error.h"
 #include "tests/sized_steps.h"
 
 namespace reprise::test {
@@ -22,17 +23,6 @@ std::string text_of(c10::SymIntArrayRef numbers) {
   std::string out;
   for (const c10::SymInt& number : numbers) out += (out.empty() ? "" : " ") + text_of(number);
   return out;
-}
-
-/// What throws `Error`, with `part` in what it says.
-template <class Error, class Call>
-void expect_error(const Call& call, const std::string& part) {
-  try {
-    call();
-    ADD_FAILURE() << "nothing was thrown; expected: " << part;
-  } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-  }
 }
 
 TEST_F(SymbolicSizes, AreKnownOfTheMarkedTensor) {

@@ -28,6 +28,12 @@ struct ExportOptions {
   /// Empty: the backing device. Needs Triton, which comes with a torch that was built with
   /// CUDA; neither GPU nor driver. What has been made is not run then.
   std::optional<CompileTarget> target = std::nullopt;
+  /// What the program is called in the file: the model's name where a package is loaded
+  /// (`LoadOptions::entry`, `model_name` in `AOTIModelPackageLoader` and in Python).
+  std::string entry = "model";
+  /// Adds the program to those in a file that is there, in place of one of the same name:
+  /// `prefill` and `decode` of a language model, say. Each has weights of its own.
+  bool add_to_file = false;
 };
 
 namespace detail {
