@@ -73,13 +73,13 @@ void write_package(const std::string& path, Pt2Archive* others, Pt2Archive& prog
       const std::string bytes = from.text(record);
       writer.writeRecord(as, bytes.data(), bytes.size());
     };
-    for (const std::string& record : program.records()) {
-      copy(program, record, record.starts_with(own) ? named + record.substr(own.size()) : record);
-    }
     if (others != nullptr) {
       for (const std::string& record : others->records()) {
         if (!record.starts_with(named)) copy(*others, record, record);
       }
+    }
+    for (const std::string& record : program.records()) {
+      copy(program, record, record.starts_with(own) ? named + record.substr(own.size()) : record);
     }
     writer.writeEndOfFile();
   }

@@ -149,7 +149,7 @@ TEST_F(Exports, WhatCannotBeExportedIsSaid) {
   expect_error([&] { export_package([](const torch::Tensor& t) { return torch::dropout(t, 0.5, true); }, std::tuple(x), file); },
                "draws random numbers");
   expect_error([&] { export_package([](const torch::Tensor& t) { return std::vector{t + 1, t}; }, std::tuple(x), file); },
-               "returns a tensor that it has not made");
+               "is a tensor that the function has not made");
   expect_error([&] { export_package([](const torch::Tensor& t, const torch::Tensor&) { return t + 1; }, std::tuple(x, lazy({2})), file); },
                "argument 1 is not used");
   torch::nn::BatchNorm1d norm(3);

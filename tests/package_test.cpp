@@ -285,7 +285,8 @@ TEST_F(Packages, SeveralProgramsInOneFile) {
   const double expected = embed->forward(torch::ones({3, 4}))[0][0].item<double>();
   const std::string script =
       "import torch\n"
-      "y = torch._inductor.aoti_load_package('" + file + "', 'embed')(torch.ones(3, 4))\n"
+      "from torch._inductor.package import load_package\n"
+      "y = load_package('" + file + "', 'embed')(torch.ones(3, 4))\n"
       "y = y[0] if isinstance(y, (list, tuple)) else y\n"
       "assert abs(y[0, 0].item() - " + std::to_string(expected) + ") < 1e-4, y\n";
   const Ended ended = run_child({std::getenv("REPRISE_TEST_PYTHON"), "-c", script});
