@@ -65,9 +65,10 @@ class SympyText {
   std::string word() {
     while (at_ < text_.size() && text_[at_] == ' ') ++at_;
     std::string out;
-    while (at_ < text_.size() && (std::isalnum(static_cast<unsigned char>(text_[at_])) || text_[at_] == '-' || text_[at_] == '_' || text_[at_] == '.')) {
-      out += text_[at_++];
-    }
+    const auto belongs = [](char c) {
+      return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_' || c == '.';
+    };
+    while (at_ < text_.size() && belongs(text_[at_])) out += text_[at_++];
     return out;
   }
   bool take(char c) {
@@ -175,7 +176,8 @@ void ExportedProgram::Parts::read_signature(const Json& program, std::map<std::s
   const Json& signature = module.at("signature");
   const Json& values = module.at("graph").at("tensor_values");
   const auto weight_named = [&](const std::string& name) -> size_t {
-    const auto known = std::find_if(weights.begin(), weights.end(), [&](const Weight& each) { return each.name == name; });
+    const auto known = std::find_if(weights.begin(), weights.end(),
+                                    [&](const Weight& each) { return each.name == name; });
     if (known != weights.end()) return static_cast<size_t>(known - weights.begin());
     const auto found = named.find(name);
     TORCH_CHECK(found != named.end(), "it has no values for '", name, "'");
@@ -303,7 +305,8 @@ std::vector<at::Tensor> ExportedProgram::run(const std::vector<at::Tensor>& weig
         } else if (made[k].isNone()) {
           results.emplace_back();
         } else {
-          results.push_back(at::scalar_tensor(made[k].toScalar(), made[k].isInt() || made[k].isSymInt() ? c10::kLong : c10::kDouble));
+          const bool integer = made[k].isInt() || made[k].isSymInt();
+          results.push_back(at::scalar_tensor(made[k].toScalar(), integer ? c10::kLong : c10::kDouble));
         }
         break;
       case Target::Kind::kWeight:

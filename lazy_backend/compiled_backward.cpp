@@ -82,7 +82,8 @@ class GraphCut {
       if (!arguments[k].defined() || !arguments[k].requires_grad()) continue;
       const auto same = [&](const at::Tensor& other) { return other.is_same(arguments[k]); };
       if (std::any_of(tensors.begin(), tensors.end(), same)) continue;
-      inputs.push_back({static_cast<int64_t>(k), c10::weak_intrusive_ptr<c10::TensorImpl>(arguments[k].getIntrusivePtr())});
+      inputs.push_back(
+          {static_cast<int64_t>(k), c10::weak_intrusive_ptr<c10::TensorImpl>(arguments[k].getIntrusivePtr())});
       tensors.push_back(arguments[k]);
       edges_.push_back(autograd::impl::gradient_edge(arguments[k]));
     }

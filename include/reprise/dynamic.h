@@ -40,9 +40,10 @@ struct DynamicDim {
 /// before it is handed on. To be called in every step, of every new tensor: a mark belongs
 /// to the tensor.
 ///
-/// Throws c10::Error for a tensor that is not lazy, is undefined or requires gradients; c10::IndexError for a dimension that is not there; c10::ValueError for a size
-/// outside the range, a range without a size, another range than the name has, and a
-/// dimension that was marked as static. Works on the calling thread's session.
+/// Throws c10::Error for a tensor that is not lazy, is undefined or requires gradients;
+/// c10::IndexError for a dimension that is not there; c10::ValueError for a size outside the
+/// range, a range without a size, another range than the name has, and a dimension that was
+/// marked as static. Works on the calling thread's session.
 REPRISE_API void mark_dynamic(at::Tensor& tensor, int64_t dim, const DynamicDim& what = {});
 
 /// The size of `tensor` in dimension `dim` never becomes a symbol: other sizes have programs

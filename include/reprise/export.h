@@ -28,8 +28,8 @@ struct ExportOptions {
   /// Empty: the backing device. Needs Triton, which comes with a torch that was built with
   /// CUDA; neither GPU nor driver. What has been made is not run then.
   std::optional<CompileTarget> target = std::nullopt;
-  /// What the program is called in the file: the model's name where a package is loaded
-  /// (`LoadOptions::entry`, `model_name` in `AOTIModelPackageLoader` and in Python).
+  /// What the program is called in the file: `LoadOptions::entry`, and `model_name` of
+  /// `AOTIModelPackageLoader` and of Python's `torch._inductor.package.load_package`.
   std::string entry = "model";
   /// Adds the program to those in a file that is there, in place of one of the same name:
   /// `prefill` and `decode` of a language model, say. Each has weights of its own.
@@ -128,9 +128,9 @@ REPRISE_API void export_function(Pack&& arguments,
 ///
 /// The package runs in any program that links libtorch of the same version
 /// (`torch::inductor::AOTIModelPackageLoader`), in Python
-/// (`torch._inductor.aoti_load_package`), and as a module (`load_package`). It takes the tensors among the arguments one by
-/// one, in order, as tensors of the backing device, and returns those of the result.
-/// Arguments that are no tensors are constants of it.
+/// (`torch._inductor.aoti_load_package`), and as a module (`load_package`). It takes the
+/// tensors among the arguments one by one, in order, as tensors of the backing device, and
+/// returns those of the result. Arguments that are no tensors are constants of it.
 ///
 /// Sizes of the example tensors that were marked (`mark_dynamic`) may be others in a call;
 /// all other sizes are fixed. To find out what follows from a marked size, the function runs
