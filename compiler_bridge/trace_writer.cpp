@@ -12,6 +12,7 @@
 #include "compiler_bridge/trace_outline.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/json_text.h"
+#include "lazy_backend/schema_type.h"
 
 namespace reprise {
 namespace {
@@ -295,8 +296,7 @@ class Writer {
   static std::string constant(const at::Scalar& value) { return constant(c10::IValue(value)); }
 
   std::string int_argument(int64_t value, const c10::Argument& declared) {
-    auto type = declared.real_type();
-    if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+    const auto type = without_optional(declared.real_type());
     switch (type->kind()) {
       case c10::TypeKind::ScalarTypeType:
         return field("dtype", dtype_text(static_cast<c10::ScalarType>(value)));

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "lazy_backend/device.h"
+#include "lazy_backend/schema_type.h"
 
 namespace reprise {
 namespace {
@@ -70,8 +71,7 @@ c10::IValue number_as_tensor(const c10::IValue& value) {
 /// As the dispatcher wants it for an argument of this type: Python passes integers for
 /// floats, and one number for a list of a fixed length.
 c10::IValue coerced(c10::IValue value, const c10::Argument& argument) {
-  auto type = argument.real_type();
-  if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+  const auto type = without_optional(argument.real_type());
   if (type->kind() == c10::TypeKind::TensorType) return number_as_tensor(value);
   if (type->kind() == c10::TypeKind::FloatType && value.isInt()) return static_cast<double>(value.toInt());
   const auto list = type->cast<c10::ListType>();
@@ -248,8 +248,7 @@ void ExportedGraph::add_op(Node& node, const Json& json, const std::string& targ
       operand.constant = *argument.default_value();
     }
     if (operand.kind == Operand::Kind::kConstant) operand.constant = coerced(operand.constant, argument);
-    auto type = argument.real_type();
-    if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+    const auto type = without_optional(argument.real_type());
     if (type->kind() == c10::TypeKind::TensorType) takes_tensors = operand.is_tensor = true;
     if (type->kind() == c10::TypeKind::DeviceObjType) {
       device_argument = static_cast<int>(k);

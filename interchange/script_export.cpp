@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 
 #include "interchange/traced_function.h"
+#include "lazy_backend/schema_type.h"
 #include "reprise/torchscript.h"
 #include "symint/expression.h"
 
@@ -40,11 +41,6 @@ int64_t memory_format_named(const std::string& name) {
 }
 
 double float_of(const Json& text) { return std::strtod(text.get<std::string>().c_str(), nullptr); }
-
-c10::TypePtr without_optional(c10::TypePtr type) {
-  if (const auto optional = type->cast<c10::OptionalType>()) return optional->getElementType();
-  return type;
-}
 
 /// Modules that hold the tensors, in submodules as their names say.
 class Holder {

@@ -10,6 +10,7 @@
 
 #include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
+#include "lazy_backend/schema_type.h"
 
 namespace reprise {
 namespace {
@@ -60,8 +61,7 @@ class ArgumentBuilder {
   double next_scalar() { return scalars_[next_++]; }
 
   c10::IValue build_list(const Arg& arg, const Step& step, const c10::Argument& declared) {
-    auto type = declared.type();
-    if (auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+    const auto type = without_optional(declared.type());
     const auto element = type->expectRef<c10::ListType>().getElementType();
     if (element->kind() == c10::TypeKind::OptionalType) {
       c10::List<std::optional<at::Tensor>> list;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lazy_backend/device.h"
+#include "lazy_backend/schema_type.h"
 
 namespace reprise {
 namespace {
@@ -177,8 +178,7 @@ OpPolicy policy_of(const c10::OperatorHandle& op) {
           !op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView) &&
           !op.hasKernelForDispatchKey(backing_key_set(backing_device_of(0)).highestPriorityTypeId());
     }
-    auto type = arguments[k].real_type();
-    if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+    const auto type = without_optional(arguments[k].real_type());
     if (type->kind() == c10::TypeKind::DeviceObjType) policy.device_argument = static_cast<int>(k);
   }
   for (const auto& result : schema.returns()) {

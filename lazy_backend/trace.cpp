@@ -1,5 +1,7 @@
 #include "lazy_backend/trace.h"
 
+#include "lazy_backend/schema_type.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -213,15 +215,13 @@ bool may_be_dynamic(const Step& step, size_t k) {
   if (step.constant_floats) return false;
   if (arg.kind == Arg::Kind::kNumber) return true;
   if (arg.kind != Arg::Kind::kDouble) return false;
-  auto type = step.op.schema().arguments()[k].type();
-  if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+  const auto type = without_optional(step.op.schema().arguments()[k].type());
   return type->kind() == c10::TypeKind::NumberType;
 }
 
 bool is_amount(const c10::Argument& declared) {
   if (declared.name().starts_with("dim")) return false;
-  auto type = declared.real_type();
-  if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+  auto type = without_optional(declared.real_type());
   if (const auto list = type->cast<c10::ListType>()) type = list->getElementType();
   const auto kind = type->kind();
   return kind == c10::TypeKind::IntType || kind == c10::TypeKind::SymIntType ||
