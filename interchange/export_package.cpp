@@ -94,7 +94,6 @@ void export_function(Pack&& pack, FunctionBody body, const NamedTensors& named, 
                     "reprise: export_package: a program cannot be called '", options.entry, "'");
   const c10::AutoGradMode no_grad(false);
   const TracedFunction traced = trace_function("reprise: export_package", arguments, body, WritesWeights::kNo);
-  const std::vector<int64_t>& order = traced.order;
   std::string trace = traced.trace;
 
   std::vector<c10::IValue> weights;
@@ -112,13 +111,12 @@ void export_function(Pack&& pack, FunctionBody body, const NamedTensors& named, 
                 "' cannot be written");
   }
 
-  std::string names, numbers;
-  for (size_t k = 0; k < order.size(); ++k) {
-    numbers += (k > 0 ? "," : "") + std::to_string(order[k]);
-    names += (k > 0 ? "," : "") +
-             (options.input_names.empty() ? "input_" + std::to_string(k) : options.input_names[k]);
-  }
   const ProgramInputs wanted = inputs_of(traced, arguments, options.input_names);
+  std::string names, numbers;
+  for (size_t k = 0; k < traced.order.size(); ++k) {
+    numbers += (k > 0 ? "," : "") + std::to_string(traced.order[k]);
+    names += (k > 0 ? "," : "") + wanted.inputs[k].name;
+  }
   constexpr std::string_view kHeader = "{\"format\":1,";
   if (options.target) {
     trace.insert(kHeader.size(), "\"target\":" + json_text(options.target->architecture) + ",");

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cctype>
 #include <nlohmann/json.hpp>
-#include <set>
 
 #include "interchange/exported_graph.h"
 #include "interchange/program_inputs.h"
@@ -116,7 +115,6 @@ ProgramInputs::Input input_of(const Json& argument, const Json& values, Symbols&
 }  // namespace
 
 struct ExportedProgram::Parts {
-  std::string path;
   std::unique_ptr<ExportedGraph> graph;
   c10::DeviceType exported_on = c10::kCPU;
   std::vector<Source> sources;
@@ -191,7 +189,7 @@ void ExportedProgram::Parts::read_signature(const Json& program, std::map<std::s
     Source source;
     if (kind == "parameter" || kind == "buffer" || kind == "tensor_constant") {
       source = {Source::Kind::kWeight, weight_named(what.at(kind + "_name").get<std::string>())};
-      } else if (kind == "user_input") {
+    } else if (kind == "user_input") {
       ProgramInputs::Input input = input_of(what.at("arg"), values, symbols);
       if (!input.name.empty()) {
         source = {Source::Kind::kInput, inputs.inputs.size()};
@@ -244,7 +242,6 @@ void ExportedProgram::Parts::read_signature(const Json& program, std::map<std::s
 ExportedProgram::ExportedProgram(Pt2Archive& archive, const std::string& name)
     : parts_(std::make_unique<Parts>()) {
   constexpr int kSchema = 8;  // torch/_export/serde/schema.py, SCHEMA_VERSION
-  parts_->path = archive.path();
   const auto failed = [&](const char* why) {
     TORCH_CHECK(false, "reprise: the program '", name, "' in '", archive.path(), "' cannot be read: ", why);
   };

@@ -22,21 +22,19 @@ std::vector<std::string> names_in(const std::vector<std::string>& records, const
   return names;
 }
 
-/// `path`, where it is a whole archive.
-std::string checked(const std::string& path) {
+std::unique_ptr<caffe2::serialize::PyTorchStreamReader> open(const std::string& path) {
   TORCH_CHECK(std::filesystem::is_regular_file(path), "reprise: '", path, "' is no file");
   try {
-    caffe2::serialize::PyTorchStreamReader reader(path);
+    return std::make_unique<caffe2::serialize::PyTorchStreamReader>(path);
   } catch (const c10::Error& error) {
     TORCH_CHECK(false, "reprise: '", path, "' is no whole .pt2 archive: ", error.what_without_backtrace());
   }
-  return path;
 }
 
 }  // namespace
 
 Pt2Archive::Pt2Archive(std::string path)
-    : path_(std::move(path)), reader_(checked(path_)), records_(reader_.getAllRecords()) {}
+    : path_(std::move(path)), reader_(open(path_)), records_(reader_->getAllRecords()) {}
 
 std::vector<std::string> Pt2Archive::exported_programs() const {
   return names_in(records_, "models/", ".json");
@@ -46,17 +44,17 @@ std::vector<std::string> Pt2Archive::compiled_programs() const {
   return names_in(records_, "data/aotinductor/", "/");
 }
 
-bool Pt2Archive::has(const std::string& record) { return reader_.hasRecord(record); }
+bool Pt2Archive::has(const std::string& record) { return reader_->hasRecord(record); }
 
 std::string Pt2Archive::text(const std::string& record) {
   TORCH_CHECK(has(record), "reprise: '", path_, "' has no record '", record, "'");
-  const auto [data, size] = reader_.getRecord(record);
+  const auto [data, size] = reader_->getRecord(record);
   return {static_cast<const char*>(data.get()), size};
 }
 
 c10::Storage Pt2Archive::storage(const std::string& record) {
   TORCH_CHECK(has(record), "reprise: '", path_, "' has no record '", record, "'");
-  auto [data, size] = reader_.getRecord(record);
+  auto [data, size] = reader_->getRecord(record);
   return {c10::Storage::use_byte_size_t(), size, std::move(data)};
 }
 

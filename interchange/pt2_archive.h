@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <caffe2/serialize/inline_container.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -31,7 +32,7 @@ class Pt2Archive {
 
  private:
   std::string path_;
-  caffe2::serialize::PyTorchStreamReader reader_;
+  std::unique_ptr<caffe2::serialize::PyTorchStreamReader> reader_;
   std::vector<std::string> records_;
 };
 

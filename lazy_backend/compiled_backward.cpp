@@ -56,12 +56,6 @@ Geometry dense_geometry(const at::Tensor& like) {
   return geometry;
 }
 
-std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors) {
-  std::vector<const LazyStorage*> storages;
-  for (const at::Tensor& tensor : tensors) storages.push_back(is_lazy(tensor) ? lazy_storage(tensor) : nullptr);
-  return storages;
-}
-
 /// Gradients as planned, none of which shares memory with another one or with `others`.
 std::vector<at::Tensor> all_as_planned(const variable_list& gradients, const std::vector<Geometry>& geometries,
                                        c10::Device device, std::vector<const LazyStorage*> others) {

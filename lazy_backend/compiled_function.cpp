@@ -235,10 +235,7 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, con
                     : !entry->backward.reason.empty() ? entry->backward.reason
                                                     : "";
     if (run.verified && entry->reason.empty()) {
-      std::vector<const LazyStorage*> storages;
-      for (const at::Tensor& tensor : arguments.tensors) {
-        storages.push_back(is_lazy(tensor) ? lazy_storage(tensor) : nullptr);
-      }
+      const std::vector<const LazyStorage*> storages = storages_of(arguments.tensors);
       plan = plan_of(entry->seen, {run, storages, result, differentiable}, entry->reason);
       if (plan != nullptr && !differentiable) {
         entry->plan = plan;

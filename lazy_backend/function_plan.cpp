@@ -36,6 +36,12 @@ at::Tensor lazy_over(const StoragePtr& storage, const Geometry& geometry) {
 
 }  // namespace
 
+std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors) {
+  std::vector<const LazyStorage*> storages;
+  for (const at::Tensor& tensor : tensors) storages.push_back(is_lazy(tensor) ? lazy_storage(tensor) : nullptr);
+  return storages;
+}
+
 std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& arguments) {
   for (const Watched& each : plan.watched) {
     const auto tensor = each.tensor.lock();

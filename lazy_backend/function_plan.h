@@ -72,6 +72,9 @@ struct PlannedRun {
   bool differentiable = false;
 };
 
+/// Of each tensor; null where it is not lazy.
+std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors);
+
 /// A plan of a verified run; null where there is none yet, or never, with the reason.
 PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason);
 
