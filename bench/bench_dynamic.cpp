@@ -4,6 +4,9 @@
 ///   gpt_inference_64_shapes    64 pairs of batch and length
 ///   gpt_training_64_shapes     the same, forward, backward and SGD
 ///   gpt_inference_ever_new, gpt_training_ever_new   no pair comes twice in 915 steps
+///   gpt_inference_usual/over_symbols, gpt_inference_usual/own, gpt_training_usual/...
+///                              one size after others that made the program one over symbols;
+///                              with that program, and where it may get one of its own
 ///   resnet_inference_sizes     12 sizes of images
 ///   lstm_training_lengths      sequences of 5 to 60 tokens, unrolled
 ///   adam_training, lr_schedule one size; bias corrections, a rate that changes each step
@@ -45,6 +48,7 @@ using Pass = std::function<Tensors()>;
 struct Row {
   std::string name;
   std::function<Pass(torch::Device)> make;
+  bool specializes = true;
   /// Recorded, verified and asked for, checked, perhaps with disturbed runs, timed in turns.
   int settling_passes = 9;
 };
@@ -116,6 +120,34 @@ Pass gpt_training(torch::Device device) {
                   std::make_shared<torch::optim::SGD>(model->parameters(),
                                                       torch::optim::SGDOptions(1e-6).momentum(0.9)),
                   batches);
+}
+
+/// Three sizes in the first passes, then one of them, several times a pass.
+Pass usual_size(const std::function<Pass(Tensors, torch::Device)>& make, torch::Device device) {
+  constexpr int kPassesOfAll = 5, kUsual = 8;
+  Tensors all, usual;
+  for (const auto& [batch, length] : {std::pair{4, 24}, {6, 32}, {8, 48}}) {
+    all.push_back(tokens({batch, length}).to(device));
+  }
+  for (int k = 0; k < kUsual; ++k) usual.push_back(all.back());
+  return [first = make(all, device), then = make(usual, device), passes = 0]() mutable {
+    return passes++ < kPassesOfAll ? first() : then();
+  };
+}
+
+Pass gpt_usual(torch::Device device, bool trains) {
+  auto model = small_gpt();
+  model->to(device);
+  auto optimizer = std::make_shared<torch::optim::SGD>(
+      model->parameters(), torch::optim::SGDOptions(1e-6).momentum(0.9));
+  return usual_size(
+      [=](const Tensors& texts, torch::Device) {
+        if (!trains) return inference(model, texts);
+        std::vector<Tensors> batches;
+        for (const auto& text : texts) batches.push_back({text, text.flatten()});
+        return training(model, optimizer, batches);
+      },
+      device);
 }
 
 /// Sixteen steps a pass, none of a size that was there before.
@@ -239,6 +271,7 @@ Pass decode(torch::Device device, bool preallocated) {
 }
 
 void measure(benchmark::State& state, const Row& row) {
+  reprise::options().specialize_sizes = row.specializes;
   torch::manual_seed(5);
   const Pass eager = row.make(reprise::backing_device());
   torch::manual_seed(5);
@@ -288,11 +321,20 @@ void measure(benchmark::State& state, const Row& row) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  constexpr int kUntilOften = 60;  // passes of eight steps: it is often after 256, and decided then
   const std::vector<Row> rows = {
       {"gpt_inference_64_shapes", gpt_inference},
       {"gpt_training_64_shapes", gpt_training},
       {"gpt_inference_ever_new", [](torch::Device device) { return gpt_ever_new(device, false); }},
       {"gpt_training_ever_new", [](torch::Device device) { return gpt_ever_new(device, true); }},
+      {"gpt_inference_usual/over_symbols",
+       [](torch::Device device) { return gpt_usual(device, false); }, false, kUntilOften},
+      {"gpt_inference_usual/own", [](torch::Device device) { return gpt_usual(device, false); },
+       true, kUntilOften},
+      {"gpt_training_usual/over_symbols",
+       [](torch::Device device) { return gpt_usual(device, true); }, false, kUntilOften},
+      {"gpt_training_usual/own", [](torch::Device device) { return gpt_usual(device, true); },
+       true, kUntilOften},
       {"resnet_inference_sizes", resnet_inference},
       {"lstm_training_lengths", lstm_training},
       {"adam_training", [](torch::Device device) { return adam_training(device, false); }},

@@ -312,7 +312,7 @@ void CompileQueue::process(Program& program) {
 
   std::optional<SplitTrace> split;
   ProgramFamily* family = nullptr;
-  if (options().dynamic_shapes) family = &note(split.emplace(trace));
+  if (options().dynamic_shapes && !program.alone) family = &note(split.emplace(trace));
   if (auto runner = load(key, backing_device_of(program.device_index))) {
     program.runner = std::move(runner);
     program.from_store = true;

@@ -1,5 +1,6 @@
 /// \file
-/// Which of two ways to run a segment is faster: its program or the interpreter.
+/// Which of two ways to run a segment is faster: its program or the interpreter; or a program
+/// for one size or that over symbols, which then takes the interpreter's turns.
 #pragma once
 
 #include <cstdint>

@@ -67,12 +67,15 @@ void poison(Segment& segment, const std::exception_ptr& error) {
 
 /// A program pays when the verified ops that it would have saved are many.
 bool worth_a_compile(const SegmentEnd& end) {
+  if (end.once) return false;
   return static_cast<int64_t>(end.interpreted * end.steps.size()) >=
          options().compile_after_ops;
 }
 
-void request_program(SegmentEnd& end, const Segment& segment) {
+std::shared_ptr<Program> request_program(const SegmentEnd& end, const Segment& segment,
+                                         bool alone = false) {
   auto program = std::make_shared<Program>();
+  program->alone = alone;
   program->name = end.name;
   program->steps = end.steps;
   program->live = segment.live_slots(segment.size());
@@ -88,9 +91,9 @@ void request_program(SegmentEnd& end, const Segment& segment) {
   if (options().check_programs) {
     program->scratch_bytes = scratch_bytes(program->steps, program->live, segment);
   }
-  (end.program == nullptr ? end.program : end.wider) = program;
   metrics().programs_requested.add(1);
-  CompileQueue::get().push(std::move(program));
+  CompileQueue::get().push(program);
+  return program;
 }
 
 void demote_if_slower(SegmentEnd& end) {
@@ -103,6 +106,59 @@ void demote_if_slower(SegmentEnd& end) {
   end.program->state = Program::State::kDemoted;
   metrics().programs_demoted.add(1);
   REPRISE_LOG(1, end.name, " ", end.program->problem);
+}
+
+// A size that runs often gets a program of its own beside the one over symbols.
+
+constexpr uint64_t kOften = 256;
+constexpr uint64_t kShareOfAll = 4;  ///< one run of so many is at this size
+
+/// To be called once a run.
+void request_own_program(SegmentEnd& end, const Segment& segment) {
+  const uint64_t all = end.pattern->note_run(), runs = end.replayed + end.interpreted;
+  if (C10_LIKELY(runs % kOften != 0) || runs == 0 || kShareOfAll * runs < all) return;
+  if (end.own != nullptr || !end.about_own.empty()) return;
+  if (!options().specialize_sizes || !options().demote_slow_programs || !options().compile) return;
+  end.own = request_program(end, segment, /*alone=*/true);
+}
+
+/// Its own program is there: it is checked, and takes turns with the other one.
+void begin_contest_with_own(SegmentEnd& end) {
+  const std::shared_ptr<Program> own = std::exchange(end.own, nullptr);
+  if (own->state != Program::State::kReady) {
+    end.about_own = "no program for this size alone: " + own->problem;
+    return;
+  }
+  if (end.program->state == Program::State::kReady) {
+    end.general = {end.program, end.contest, end.checked};
+  } else {
+    end.about_own = "a program for this size alone, since the one over symbols was slower than "
+                    "the interpreter";
+  }
+  end.serve(own);
+}
+
+void return_to_general(SegmentEnd& end, std::string why) {
+  end.serve(std::move(end.general.program));
+  end.contest = end.general.contest;
+  end.checked = end.general.checked;
+  end.general = {};
+  end.about_own = std::move(why);
+}
+
+void end_contest_with_own(SegmentEnd& end) {
+  const Contest& contest = end.contest;
+  if (!contest.decided()) return;
+  const std::string turns = c10::str(contest.pairs(), " turns against the one over symbols");
+  if (contest.program_lost()) {
+    return_to_general(end, c10::str("a program for this size alone lost ", contest.pairs_lost(),
+                                    " of ", turns));
+  } else {
+    end.about_own = c10::str("a program for this size alone, won ",
+                             contest.pairs() - contest.pairs_lost(), " of ", turns);
+    end.general = {};
+  }
+  REPRISE_LOG(1, end.name, ": ", end.about_own);
 }
 
 /// Takes the check's decision over, where there is one.
@@ -180,6 +236,16 @@ void launch(Node& node, Segment& segment) {
     if (end.wider->state == Program::State::kReady) end.serve(end.wider);
     end.wider = nullptr;
   }
+  if (C10_UNLIKELY(end.own != nullptr && end.own->state != Program::State::kQueued)) {
+    begin_contest_with_own(end);
+  }
+  if (C10_UNLIKELY(end.general.program != nullptr &&
+                   end.program->state != Program::State::kReady)) {
+    return_to_general(end, "no program for this size alone: " + end.program->problem);
+  }
+  if (end.program != nullptr && end.program->shared != nullptr && end.pattern != nullptr) {
+    request_own_program(end, segment);
+  }
   Program* program = end.program.get();
   const SharedProgram* shared = program == nullptr ? nullptr : program->shared.get();
   if (C10_UNLIKELY(shared != nullptr && shared->wrong &&
@@ -201,28 +267,36 @@ void launch(Node& node, Segment& segment) {
   const bool timing =
       ready && trusted && options().demote_slow_programs && !end.contest.decided() &&
       !(shared != nullptr && shared->faster());
-  if (usable) {
-    if (!timing || end.contest.next() == Contest::Runner::kProgram) {
-      RECORD_FUNCTION(end.replay_range, std::vector<c10::IValue>());
-      const Stopwatch stopwatch(timing, program->device_index);
-      try {
-        run_program(*program, segment);
-        ++end.replayed;
-        metrics().segments_replayed.add(1);
-        if (timing) end.contest.program_took(stopwatch.seconds());
-        return;
-      } catch (const std::exception& error) {
-        program->problem = error.what();
-        program->state = Program::State::kFailed;
-        metrics().program_failures.add(1);
-        TORCH_WARN("reprise: the program of ", end.name, " failed and is not used any more: ",
-                   error.what());
-        if (program->writes_inputs) {
-          // It may have changed some of them already: running the steps again
-          // could apply an update twice.
-          poison(segment, std::current_exception());
-          throw;
-        }
+  const bool its_turn = !timing || end.contest.next() == Contest::Runner::kProgram;
+  Program* general = end.general.program.get();  // takes the interpreter's turns
+  const bool generals_turn = !its_turn && general != nullptr &&
+                             general->state == Program::State::kReady && covers(*general, segment);
+  if (usable && (its_turn || generals_turn)) {
+    Program* runs = its_turn ? program : general;
+    RECORD_FUNCTION(end.replay_range, std::vector<c10::IValue>());
+    const Stopwatch stopwatch(timing, runs->device_index);
+    try {
+      run_program(*runs, segment);
+      ++end.replayed;
+      metrics().segments_replayed.add(1);
+      if (generals_turn) {
+        end.contest.interpreter_took(stopwatch.seconds());
+        end_contest_with_own(end);
+      } else if (timing) {
+        end.contest.program_took(stopwatch.seconds());
+      }
+      return;
+    } catch (const std::exception& error) {
+      runs->problem = error.what();
+      runs->state = Program::State::kFailed;
+      metrics().program_failures.add(1);
+      TORCH_WARN("reprise: the program of ", end.name, " failed and is not used any more: ",
+                 error.what());
+      if (runs->writes_inputs) {
+        // It may have changed some of them already: running the steps again
+        // could apply an update twice.
+        poison(segment, std::current_exception());
+        throw;
       }
     }
   }
@@ -240,7 +314,7 @@ void launch(Node& node, Segment& segment) {
       demote_if_slower(end);
     }
   }
-  if (!options().compile || end.once || !worth_a_compile(end)) return;
+  if (!options().compile || !worth_a_compile(end)) return;
   const bool none = end.program == nullptr;
   if (none && end.pattern != nullptr && end.pattern->request_marked(end.name, end.steps, segment)) {
     return;
@@ -248,7 +322,12 @@ void launch(Node& node, Segment& segment) {
   const bool other_outputs = !none && end.wider == nullptr &&
                              end.program->state == Program::State::kReady &&
                              !covers(*end.program, segment);
-  if (none || other_outputs) request_program(end, segment);
+  if (!none && !other_outputs) return;
+  if (end.pattern != nullptr && !end.pattern->take_own_program()) {
+    end.about_own = "not compiled: so many other sizes have programs of their own (most_size_programs)";
+    return;
+  }
+  (none ? end.program : end.wider) = request_program(end, segment);
 }
 
 }  // namespace reprise

@@ -45,6 +45,16 @@ struct SegmentEnd {
   std::unique_ptr<ProgramCheck> check;  ///< begun and not decided
   Contest contest;               ///< of the present program with the interpreter
 
+  /// A program for this size alone, being compiled beside one over symbols.
+  std::shared_ptr<Program> own;
+  /// The one over symbols while the present one, this size's own, is in contest with it.
+  struct {
+    std::shared_ptr<Program> program;
+    Contest contest;
+    bool checked = false;
+  } general;
+  std::string about_own;  ///< what came of it, or why there is none
+
   void serve(std::shared_ptr<Program> next) {
     check = nullptr;  // it uses the present program
     program = std::move(next);
@@ -53,7 +63,9 @@ struct SegmentEnd {
   }
   void drop_programs() {
     serve(nullptr);
-    wider = nullptr;
+    wider = own = nullptr;
+    general = {};
+    about_own.clear();
     steps.clear();
   }
 };

@@ -35,6 +35,9 @@ Options from_environment() {
   read("REPRISE_MOST_CUDA_GRAPHS", options.most_cuda_graphs);
   read("REPRISE_FIND_STEPS", options.find_steps);
   read("REPRISE_DYNAMIC_SHAPES", options.dynamic_shapes);
+  read("REPRISE_SIZES_BEFORE_DYNAMIC", options.sizes_before_dynamic);
+  read("REPRISE_SIZE_PROGRAMS", options.most_size_programs);
+  read("REPRISE_SPECIALIZE", options.specialize_sizes);
   read("REPRISE_COMPILE_AFTER", options.compile_after_ops);
   read("REPRISE_CHECK", options.check_programs);
   read("REPRISE_TRACE_BYTES", options.trace_bytes);

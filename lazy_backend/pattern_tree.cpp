@@ -11,6 +11,11 @@
 namespace reprise {
 namespace {
 
+/// So many sizes are looked at together.
+uint64_t enough_sizes() {
+  return static_cast<uint64_t>(std::max<int64_t>(options().sizes_before_dynamic, 2));
+}
+
 void drop_programs_below(PatternTree::Node& top) {
   std::vector<PatternTree::Node*> open{&top};
   while (!open.empty()) {
@@ -30,7 +35,7 @@ void Pattern::add_size(const std::string& name, std::vector<StepPtr> steps,
   ops_ += steps.size();
   const bool pending =
       requested_ != nullptr && requested_->state.load() == Program::State::kQueued;
-  const bool wanted = unserved_ && !pending && sizes_ + marked_.size() >= next_request_ &&
+  const bool wanted = unserved_ && !pending && sizes_ + marked_.size() >= std::max(next_request_, enough_sizes()) &&
                       requests_ < kMostRequests && options().compile &&
                       static_cast<int64_t>(ops_) >= options().compile_after_ops;
   if (wanted) request(name, steps, segment);
@@ -98,7 +103,13 @@ void Pattern::drop_programs() {
   unserved_ = true;
   examples_.clear();
   sizes_ = ops_ = 0;
-  next_request_ = kSizes;
+  next_request_ = 0;
+}
+
+bool Pattern::take_own_program() {
+  if (own_programs_ >= options().most_size_programs) return false;
+  ++own_programs_;
+  return true;
 }
 
 PatternTree::Node* PatternTree::root(uint64_t environment) {

@@ -50,11 +50,16 @@ class Pattern {
   /// No program serves this size: a step has changed, or the program takes for granted
   /// what does not hold.
   void note_unserved() { unserved_ = true; }
+
+  /// One more size gets a program of its own. Returns false where that would be too many.
+  bool take_own_program();
+
+  /// A size runs that has the program over symbols. Returns how often any did so far.
+  uint64_t note_run() { return ++runs_; }
+
   void drop_programs();
 
  private:
-  /// So many sizes are looked at together: from fewer, expressions are guessed wrong.
-  static constexpr uint64_t kSizes = 3;
   static constexpr size_t kMostExamples = 4;
   static constexpr int kMostRequests = 4;
   static constexpr size_t kMostRemembered = 4096;
@@ -64,7 +69,9 @@ class Pattern {
   std::vector<std::vector<int64_t>> marked_;  ///< values of the symbols of the user's marks
   uint64_t sizes_ = 0;
   uint64_t ops_ = 0;
-  uint64_t next_request_ = kSizes;  ///< when there are so many sizes
+  uint64_t next_request_ = 0;  ///< when there are so many sizes; or as few as are enough
+  uint64_t runs_ = 0;
+  int64_t own_programs_ = 0;
   int requests_ = 0;
   bool unserved_ = true;
   std::vector<std::vector<StepPtr>> examples_;

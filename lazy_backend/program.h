@@ -82,6 +82,8 @@ struct Program {
   /// Where a program over symbols is wanted, and no other: steps that are alike at other
   /// sizes, whose outputs are in the same slots.
   std::vector<std::vector<StepPtr>> other_sizes;
+  /// For this size alone, also where a program over symbols serves it.
+  bool alone = false;
   /// Where it is written down for a package: what that returns, in order, in place of the
   /// whole storages in `live`.
   std::vector<std::pair<uint32_t, Geometry>> results;

@@ -1037,6 +1037,7 @@ void Session::explain(std::string& out) {
                     "x; ended by: ", end.reason, "\n");
     std::istringstream symbols(end.symbols);
     for (std::string line; std::getline(symbols, line);) out += "    " + line + "\n";
+    if (!end.about_own.empty()) out += "    " + end.about_own + "\n";
     const Program* program = end.program.get();
     if (program == nullptr) return;
     switch (program->state.load()) {

@@ -104,6 +104,69 @@ TEST_F(DynamicShapes, FloatsThatChangeStayInputs) {
       {{4}, {6}, {5}, {9}});
 }
 
+TEST_F(DynamicShapes, ASizeThatRunsOftenGetsAProgramOfItsOwn) {
+  options().demote_slow_programs = true;
+  const auto program = [](torch::Device device) -> SizedStep {
+    const auto w = random(device, {8});
+    return [=](torch::IntArrayRef size) -> Tensors {
+      const auto x = given(device, {size[0], 8}, 5);
+      return {torch::tanh(x * w) + 1, (x + w).sum(0), x.sigmoid() * x, x.flatten() * 2};
+    };
+  };
+  torch::manual_seed(3);
+  const SizedStep eager = program(eager_device());
+  torch::manual_seed(3);
+  const SizedStep lazy = program(torch::kLazy);
+  const auto run = [&](int64_t size, int times) {
+    const Tensors expected = eager({size});
+    for (int k = 0; k < times; ++k) {
+      const Tensors actual = lazy({size});
+      mark_step();
+      expect_all_close(actual, expected, 1);
+      if (k % 16 == 0) wait_for_compiles();
+    }
+  };
+  for (int round = 0; round < 9; ++round) {
+    for (const int64_t size : {4, 6, 5}) run(size, 1);
+  }
+  const Statistics before = statistics();
+  run(6, 700);
+  const Statistics did = since(before);
+  EXPECT_EQ(did.programs_compiled + did.programs_loaded, 1u) << explain();
+  EXPECT_EQ(did.ops_recorded, 0u);
+  EXPECT_GE(did.segments_replayed, 600u);
+  EXPECT_NE(explain().find("a program for this size alone"), std::string::npos) << explain();
+
+  // Many sizes that run as often do not.
+  const Statistics again = statistics();
+  for (int k = 0; k < 300; ++k) {
+    for (const int64_t size : {4, 5, 9, 12, 15, 21}) run(size, 1);
+  }
+  EXPECT_EQ(since(again).programs_compiled + since(again).programs_loaded, 0u) << explain();
+}
+
+TEST_F(DynamicShapes, OfSizesThatShareNoProgramSomeAreCompiled) {
+  options().dynamic_shapes = true;
+  options().sizes_before_dynamic = 1000;
+  options().most_size_programs = 2;
+  const auto w = random(torch::kLazy, {8});
+  for (int round = 0; round < 12; ++round) {
+    for (const int64_t size : {4, 5, 9, 12}) {
+      const auto y = torch::tanh(given(torch::kLazy, {size, 8}, 5) * w).sum(0) * 2;
+      mark_step();
+    }
+    wait_for_compiles();
+  }
+  const std::string report = explain();
+  size_t programs = 0, refused = 0;
+  for (size_t at = 0; (at = report.find("    program: ", at)) != std::string::npos; ++at) ++programs;
+  for (size_t at = 0; (at = report.find("not compiled: so many", at)) != std::string::npos; ++at) {
+    ++refused;
+  }
+  EXPECT_EQ(programs, 2u) << report;
+  EXPECT_EQ(refused, 2u) << report;
+}
+
 TEST_F(DynamicShapes, SizesOfOneHaveTheirOwnProgram) {
   expect_few_programs(
       [](torch::Device device) -> SizedStep {

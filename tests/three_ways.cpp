@@ -227,6 +227,8 @@ void begin_test(bool compile) {
   options().dynamic_shapes = false;  // tests share traces, and should not share programs
   options().trace_bytes = Options().trace_bytes;
   options().most_programs = Options().most_programs;
+  options().sizes_before_dynamic = Options().sizes_before_dynamic;
+  options().most_size_programs = Options().most_size_programs;
   torch::manual_seed(0);
 }
 

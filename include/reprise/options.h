@@ -24,9 +24,23 @@ struct Options {
   /// `REPRISE_DEMOTE=0|1`.
   bool demote_slow_programs = true;
 
-  /// Let traces that differ in sizes alone share a program over symbols, compiled when the
-  /// third of them is met. `REPRISE_DYNAMIC_SHAPES=0|1`.
+  /// Let traces that differ in sizes alone share a program over symbols.
+  /// `REPRISE_DYNAMIC_SHAPES=0|1`.
   bool dynamic_shapes = true;
+
+  /// Of sizes that were not marked, so many are met before a program over symbols is asked
+  /// for; at least 2. From fewer, more expressions are guessed wrong, and compiled anew.
+  /// `REPRISE_SIZES_BEFORE_DYNAMIC`.
+  int64_t sizes_before_dynamic = 3;
+
+  /// So many sizes of one segment at most get programs of their own where none over symbols
+  /// serves them; others are interpreted, as `explain()` says. `REPRISE_SIZE_PROGRAMS`.
+  int64_t most_size_programs = 32;
+
+  /// Give a size that runs often a program of its own beside the one over symbols, and keep
+  /// the faster one. Measured like a demotion, and off where `demote_slow_programs` is.
+  /// `REPRISE_SPECIALIZE=0|1`.
+  bool specialize_sizes = true;
 
   /// On a GPU, replay programs as CUDA graphs where they can be captured.
   /// `REPRISE_CUDA_GRAPHS=0|1`.
