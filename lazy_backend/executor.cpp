@@ -67,7 +67,7 @@ void poison(Segment& segment, const std::exception_ptr& error) {
 
 /// A program pays when the verified ops that it would have saved are many.
 bool worth_a_compile(const SegmentEnd& end) {
-  if (end.once) return false;
+  if (end.once || end.interpreted_only) return false;
   return static_cast<int64_t>(end.interpreted * end.steps.size()) >=
          options().compile_after_ops;
 }
@@ -317,6 +317,9 @@ void launch(Node& node, Segment& segment) {
   if (!options().compile || !worth_a_compile(end)) return;
   const bool none = end.program == nullptr;
   if (none && end.pattern != nullptr && end.pattern->request_marked(end.name, end.steps, segment)) {
+    return;
+  }
+  if (none && end.pattern != nullptr && end.pattern->request_another(end.name, end.steps, segment)) {
     return;
   }
   const bool other_outputs = !none && end.wider == nullptr &&

@@ -25,6 +25,7 @@ struct SegmentEnd {
   std::string symbols;  ///< `SymbolicTrace::text()`
   bool at_error = false;  ///< the op that came next threw
   bool once = false;      ///< it is in no tree, and nobody comes here again
+  bool interpreted_only = false;  ///< there is nothing in it to compile
   uint64_t last_run = 0;  ///< or recorded: by its session's count of segments
   uint64_t recorded = 0;
   uint64_t inferred = 0;  ///< written down without being run

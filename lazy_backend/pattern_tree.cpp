@@ -40,8 +40,39 @@ void Pattern::add_size(const std::string& name, std::vector<StepPtr> steps,
                       static_cast<int64_t>(ops_) >= options().compile_after_ops;
   if (wanted) request(name, steps, segment);
   if (marked_.empty()) marked_ = std::move(others);
-  if (examples_.size() == kMostExamples) examples_.erase(examples_.begin());
+  if (program_ != nullptr && !unserved_) return;  // made of those that there are
   examples_.push_back(std::move(steps));
+  if (examples_.size() > kMostExamples) forget_an_example();
+}
+
+bool Pattern::request_another(const std::string& name, const std::vector<StepPtr>& steps,
+                              const Segment& segment) {
+  if (awaits()) return true;
+  if (!unserved_ || sizes_ < enough_sizes() || requests_ >= kMostRequests || examples_.empty()) return false;
+  request(name, steps, segment);
+  examples_.push_back(steps);
+  if (examples_.size() > kMostExamples) forget_an_example();
+  return true;
+}
+
+void Pattern::forget_an_example() {
+  // Of the two that differ least, the older one. The last one stays.
+  const auto difference = [](const std::vector<StepPtr>& a, const std::vector<StepPtr>& b) {
+    size_t differing = 0;
+    for (size_t k = 0; k < a.size(); ++k) differing += a[k]->same(*b[k], true) ? 0 : 1;
+    return differing;
+  };
+  size_t oldest = 0, least = SIZE_MAX;
+  for (size_t a = 0; a < examples_.size(); ++a) {
+    for (size_t b = a + 1; b < examples_.size(); ++b) {
+      const size_t d = difference(examples_[a], examples_[b]);
+      if (d < least) {
+        least = d;
+        oldest = a;
+      }
+    }
+  }
+  examples_.erase(examples_.begin() + static_cast<std::ptrdiff_t>(oldest));
 }
 
 bool Pattern::request_marked(const std::string& name, const std::vector<StepPtr>& steps,
@@ -125,6 +156,88 @@ PatternTree::Node* PatternTree::find(const Node* node, const Step& step) {
   return nullptr;
 }
 
+namespace {
+
+/// The way that steps go along the paths there are.
+struct Way {
+  PatternTree::Node* last;  ///< the node that they reach
+  size_t depth = 0;         ///< how many of them go along
+  size_t ended = 0;         ///< at which of these depths a segment has ended last, or 0
+};
+
+Way follow(PatternTree::Node* root, const std::vector<StepPtr>& steps, size_t count) {
+  Way way{root};
+  while (way.depth < count) {
+    PatternTree::Node* next = PatternTree::find(way.last, *steps[way.depth]);
+    if (next == nullptr) break;
+    way.last = next;
+    ++way.depth;
+    if (next->pattern != nullptr && way.depth < count) way.ended = way.depth;
+  }
+  return way;
+}
+
+}  // namespace
+
+std::optional<Loop> PatternTree::loop_of_other_length(uint64_t environment,
+                                                      const std::vector<StepPtr>& steps,
+                                                      size_t count) {
+  const Way way = follow(root(environment), steps, count);
+  const std::span<const StepPtr> these(steps.data(), count);
+  const auto note = [&](const Loop& loop) {
+    for (size_t k = loop.begin; loop.collection && k < loop.begin + loop.period; ++k) {
+      note_collection(environment, *steps[k]);
+    }
+    return loop;
+  };
+  // The other path leaves the loop, or has ended there.
+  const bool leaves = way.depth < count && !way.last->next.empty();
+  for (const size_t exit : {leaves ? way.depth : 0, way.ended}) {
+    if (exit == 0) continue;
+    if (const auto loop = find_loop(these, exit)) return note(*loop);
+  }
+  // These steps do, and the other goes on.
+  for (const auto& next : way.last->next) {
+    std::vector<StepPtr> other(steps.begin(), steps.begin() + static_cast<std::ptrdiff_t>(way.depth));
+    const size_t enough = way.depth + std::min(way.depth / 2, kLongestLoopBody);
+    for (const Node* node = next.get(); node != nullptr && other.size() < enough;
+         node = node->next.empty() ? nullptr : node->next.front().get()) {
+      other.push_back(node->step);
+    }
+    if (auto loop = find_loop(other, way.depth)) {
+      loop->end = way.depth;
+      return note(*loop);
+    }
+  }
+  if (!has_boundaries_ || !leaves) return std::nullopt;
+  for (const auto& next : way.last->next) {
+    const Step& step = *steps[way.depth];
+    if (!differ_in_list_length(*next->step, step)) continue;
+    return note({way.depth, 1, way.depth + 1, /*collection=*/true});
+  }
+  return std::nullopt;
+}
+
+void PatternTree::note_collection(uint64_t environment, const Step& step) {
+  if (!is_collection(environment, step)) root(environment)->collections.push_back(step.op);
+}
+
+bool PatternTree::is_collection(uint64_t environment, const Step& step) const {
+  const auto top = roots_.find(environment);
+  if (top == roots_.end() || !(step.only_aliases || has_tensor_list(step))) return false;
+  const auto& all = top->second->collections;
+  return std::find(all.begin(), all.end(), step.op) != all.end();
+}
+
+size_t PatternTree::collection_at_start(uint64_t environment, std::span<const StepPtr> steps) const {
+  size_t count = 0;
+  while (count < steps.size() && is_collection(environment, *steps[count])) {
+    if (has_tensor_list(*steps[count++])) break;
+  }
+  // One view is no run of them.
+  return count == 1 && !has_tensor_list(*steps[0]) ? 0 : count;
+}
+
 PatternTree::Node* PatternTree::insert(uint64_t environment, std::vector<StepPtr>& steps,
                                        size_t count) {
   if (size_ > kMostNodes) clear();
@@ -161,6 +274,17 @@ PatternTree::Node* PatternTree::insert(uint64_t environment, std::vector<StepPtr
   return node;
 }
 
+void PatternTree::share_steps(const Node& node, std::span<StepPtr> steps) {
+  const Node* at = &node;
+  for (size_t k = steps.size(); k-- > 0; at = at->parent) {
+    const Step &known = *at->step, &step = *steps[k];
+    const bool plain = known.symbolic == nullptr && step.symbolic == nullptr;
+    if (plain && known.grad_mode == step.grad_mode && known.same(step, /*floats_may_differ=*/false)) {
+      steps[k] = at->step;
+    }
+  }
+}
+
 const std::shared_ptr<Pattern>& PatternTree::pattern_of(Node& node) {
   if (!node.pattern) node.pattern = std::make_shared<Pattern>();
   return node.pattern;
@@ -191,6 +315,7 @@ void PatternTree::clear() {
   roots_.clear();
   awaited_.clear();
   size_ = 0;
+  has_boundaries_ = false;
 }
 
 }  // namespace reprise

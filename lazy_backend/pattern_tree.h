@@ -9,10 +9,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
+#include "lazy_backend/loop_finder.h"
 #include "lazy_backend/program.h"
 #include "lazy_backend/segment.h"
 #include "lazy_backend/trace.h"
@@ -36,6 +39,11 @@ class Pattern {
   /// user's marks, which is asked for where it has not been.
   bool request_marked(const std::string& name, const std::vector<StepPtr>& steps,
                       const Segment& segment);
+
+  /// As `add_size` for one that is there already, and that the program does not serve. Returns
+  /// whether another program is asked for, or has been.
+  bool request_another(const std::string& name, const std::vector<StepPtr>& steps,
+                       const Segment& segment);
 
   /// The program over symbols at one of the sizes, whose outputs are those that another
   /// size's would have; null where there is none yet.
@@ -65,6 +73,7 @@ class Pattern {
   static constexpr size_t kMostRemembered = 4096;
 
   void request(const std::string& name, const std::vector<StepPtr>& steps, const Segment& segment);
+  void forget_an_example();
 
   std::vector<std::vector<int64_t>> marked_;  ///< values of the symbols of the user's marks
   uint64_t sizes_ = 0;
@@ -87,9 +96,14 @@ class PatternTree {
     std::vector<std::unique_ptr<Node>> next;
     /// A step of the user's program ends here.
     bool cut = false;
+    /// A loop goes on here whose number of iterations changes (loop_finder.h): what is
+    /// recorded is cut.
+    bool boundary = false;
     /// At or below it lies a pattern with a program.
     bool ready = false;
     std::shared_ptr<Pattern> pattern;
+    /// Of a root: see `collection_at_start`.
+    std::vector<c10::OperatorHandle> collections;
   };
 
   PatternTree() = default;
@@ -105,9 +119,25 @@ class PatternTree {
 
   static const std::shared_ptr<Pattern>& pattern_of(Node& node);
 
+  /// Where a loop in the first `count` steps runs another number of times than it did in a
+  /// path that begins alike; nothing where no loop is found. A run of views, or a step with a
+  /// list of another length than there, counts as one: `collection_at_start` knows it from then on.
+  std::optional<Loop> loop_of_other_length(uint64_t environment, const std::vector<StepPtr>& steps,
+                                           size_t count);
+  /// How many of the first steps make or take what a loop goes through: views of all its
+  /// parts, or a list of what it has left. By their number all that follows would differ.
+  size_t collection_at_start(uint64_t environment, std::span<const StepPtr> steps) const;
+  /// There are nodes with a `boundary`.
+  bool has_boundaries() const { return has_boundaries_; }
+  void set_boundary(Node* node) { node->boundary = has_boundaries_ = true; }
+
   /// The end of the path of these steps, made where it is missing. Where floats differ from
   /// what was there, they become dynamic, in the tree and in `steps`.
   Node* insert(uint64_t environment, std::vector<StepPtr>& steps, size_t count);
+
+  /// Puts the steps of the path to `node` in the places of those that are the same: what many
+  /// sizes verify against should stay in the caches.
+  static void share_steps(const Node& node, std::span<StepPtr> steps);
 
   /// `refresh` is to look at this end, whose pattern may have been asked a program for.
   void await(Node* node);
@@ -120,8 +150,12 @@ class PatternTree {
   /// More nodes are all forgotten: the patterns that go on are found again.
   static constexpr size_t kMostNodes = 1 << 16;
 
+  bool is_collection(uint64_t environment, const Step& step) const;
+  void note_collection(uint64_t environment, const Step& step);
+
   std::unordered_map<uint64_t, std::unique_ptr<Node>> roots_;
   std::vector<Node*> awaited_;  ///< ends whose pattern has no program
+  bool has_boundaries_ = false;
   size_t size_ = 0;
 };
 

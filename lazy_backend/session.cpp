@@ -38,6 +38,8 @@ thread_local Session* Session::current_session_ = nullptr;
 namespace {
 
 constexpr const char* kAnOpThrew = "an op threw an error";
+/// Of a loop whose length changes, so many are written down where it is found.
+constexpr int kIterationsKept = 2;
 
 /// Sessions are never freed: a storage may name one that is pending there.
 struct Sessions {
@@ -230,7 +232,7 @@ void Session::begin_segment() {
   root_ = tree_.root(environment_);
   log_.clear();
   symbolic_.begin();
-  alike_ = any_symbolic() ? patterns_.root(environment_) : nullptr;
+  alike_ = any_symbolic() || patterns_.has_boundaries() ? patterns_.root(environment_) : nullptr;
   finder_.restart();
   live_at_start_ = LazyStorage::live_on_this_thread();
   cursor_ = root_->child != nullptr && pause_ == 0 ? root_ : nullptr;
@@ -363,9 +365,11 @@ void Session::end_segment(const char* reason) {
     launch(node, current_);
     return;
   }
+  while (!log_.empty() && cut_loops(log_.size()) > 0) {
+  }
   if (!log_.empty()) {
     metrics().segments_recorded.add(1);
-    SegmentEnd& end = reached(*insert(log_.size(), /*cut=*/false));
+    SegmentEnd& end = reached(*insert(log_.size(), Cut::kNone));
     end.reason = reason;
     end.at_error = end.at_error || reason == kAnOpThrew;
     ++end.recorded;
@@ -797,7 +801,7 @@ Node& Session::finish_inferring(const char* reason) {
   const bool comes_again = pattern->note_inferred(log_);
   Node* node = nullptr;
   if (comes_again || !pattern->is_trusted()) {
-    node = insert(log_.size(), place->cut, place);
+    node = insert(log_.size(), place->cut ? Cut::kStep : Cut::kNone, place);
   } else {
     // A size that may never come again is not worth a place in the tree.
     launch_closed();  // which may be such a one
@@ -807,7 +811,11 @@ Node& Session::finish_inferring(const char* reason) {
     end.pattern = pattern;
     end.steps = log_;
     end.once = true;
-    pattern->add_size(end.name, log_, current_);
+    if (only_aliases(log_)) {
+      end.interpreted_only = true;
+    } else {
+      pattern->add_size(end.name, log_, current_);
+    }
   }
   SegmentEnd& end = reached(*node);
   end.reason = reason;
@@ -920,31 +928,86 @@ void Session::after_recorded() {
     if (follow_ == nullptr) {
       refeed();
     } else if (follow_->cut) {
-      drop_front(log_.size());
+      drop_front(log_.size(), Cut::kStep);
     }
+  } else if (const CutPlace known = known_cut(alike_, log_.size()); known.cut != Cut::kNone) {
+    drop_front(known.count, known.cut);
+    refeed();
   } else if (const auto cut = feed(*log_.back())) {
-    drop_front(*cut);
+    drop_found_step(*cut);
     refeed();
   }
+}
+
+void Session::drop_found_step(size_t count) {
+  for (size_t taken = 1; taken > 0 && count > 0; count -= taken) taken = cut_loops(count);
+  if (count > 0) drop_front(count, Cut::kStep);
+}
+
+Session::CutPlace Session::known_cut(const PatternTree::Node* alike, size_t count) {
+  if (C10_LIKELY(!patterns_.has_boundaries()) || function_ != 0) return {};
+  if (alike != nullptr && alike->boundary) return {Cut::kIteration, count};
+  const size_t collection = patterns_.collection_at_start(environment_, {log_.data(), count});
+  if (collection == 0) return {};
+  // A run of views is over when something else comes.
+  const bool over = collection < count || has_tensor_list(*log_[collection - 1]);
+  return over ? CutPlace{Cut::kCollection, collection} : CutPlace{};
 }
 
 void Session::refeed() {
   while (!log_.empty()) {
     finder_.restart();
     follow_ = root_;
-    size_t cut = 0;
-    for (size_t k = 0; k < log_.size() && follow_ != nullptr && cut == 0; ++k) {
-      follow_ = TraceTree::find(follow_, *log_[k]);
-      if (follow_ != nullptr && follow_->cut) cut = k + 1;
+    alike_ = patterns_.has_boundaries() ? patterns_.root(environment_) : nullptr;
+    CutPlace place;
+    for (size_t k = 0; k < log_.size() && place.cut == Cut::kNone; ++k) {
+      if (follow_ != nullptr) follow_ = TraceTree::find(follow_, *log_[k]);
+      if (alike_ != nullptr) alike_ = PatternTree::find(alike_, *log_[k]);
+      if (follow_ == nullptr && !patterns_.has_boundaries()) break;
+      const bool here = follow_ != nullptr && follow_->cut;
+      place = here ? CutPlace{Cut::kStep, k + 1} : known_cut(alike_, k + 1);
     }
-    if (cut == 0 && follow_ == nullptr) {
-      for (size_t k = 0; k < log_.size() && cut == 0; ++k) {
-        cut = feed(*log_[k]).value_or(0);
-      }
+    if (place.cut != Cut::kNone) {
+      drop_front(place.count, place.cut);
+      continue;
     }
-    if (cut == 0) return;
-    drop_front(cut);
+    size_t found = 0;
+    for (size_t k = 0; follow_ == nullptr && k < log_.size() && found == 0; ++k) {
+      found = feed(*log_[k]).value_or(0);
+    }
+    if (found == 0) return;
+    drop_found_step(found);
   }
+}
+
+size_t Session::cut_loops(size_t count) {
+  if (!options().dynamic_shapes || function_ != 0) return 0;
+  const auto loop = patterns_.loop_of_other_length(environment_, log_, count);
+  if (!loop) return 0;
+  REPRISE_LOG(1, "a loop of ", loop->period, " ops has another length than before, ",
+              loop->end - loop->begin, " ops: it is cut from what surrounds it");
+  if (loop->begin > 0) drop_front(loop->begin, Cut::kIteration);
+  if (loop->collection) {
+    const c10::OperatorHandle op = log_[0]->op;
+    drop_front(loop->end - loop->begin, Cut::kCollection);
+    launch_closed();
+    for (Node* child = root_->child; child != nullptr; child = child->sibling) {
+      const Step& step = *child->step;
+      if (child->cut || step.op != op || !has_tensor_list(step)) continue;
+      if (follow_ != root_) follow_ = nullptr;
+      child->cut = end_of(*child).interpreted_only = true;
+      tree_.cut_off(child);
+    }
+    return loop->end;
+  }
+  // Two iterations, to see which of their numbers change; the others are like these.
+  size_t done = loop->begin;
+  for (int k = 0; k < kIterationsKept && done + loop->period <= loop->end; ++k) {
+    drop_front(loop->period, Cut::kIteration);
+    done += loop->period;
+  }
+  if (done < loop->end) forget_front(loop->end - done);
+  return loop->end;
 }
 
 void Session::make_room() {
@@ -959,39 +1022,71 @@ void Session::make_room() {
   }
 }
 
-Node* Session::insert(size_t count, bool cut, PatternTree::Node* pattern) {
+Node* Session::insert(size_t count, Cut cut, PatternTree::Node* pattern) {
   make_room();
   alike_ = nullptr;
   std::vector<std::vector<int64_t>> others;
-  if (pattern == nullptr && options().dynamic_shapes) {
+  if (pattern == nullptr && options().dynamic_shapes && cut != Cut::kCollection) {
     pattern = patterns_.insert(environment_, log_, count);
     others = symbolic_.other_sizes();
   }
+  if (pattern != nullptr && !any_symbolic()) PatternTree::share_steps(*pattern, {log_.data(), count});
   Node* node = root_;
   for (size_t k = 0; k < count; ++k) node = tree_.extend(node, log_[k]);
+  const std::span<const StepPtr> steps(log_.data(), count);
+  const bool nothing_to_compile = cut == Cut::kCollection || only_aliases(steps);
+  if (nothing_to_compile) end_of(*node).interpreted_only = true;
   if (pattern != nullptr) {
     SegmentEnd& end = end_of(*node);
-    if (const auto& shared = PatternTree::pattern_of(*pattern); end.pattern != shared) {
+    const auto& shared = PatternTree::pattern_of(*pattern);
+    if (end.pattern != shared && !nothing_to_compile) {
       end.pattern = shared;
-      end.pattern->add_size(end.name, {log_.begin(), log_.begin() + static_cast<std::ptrdiff_t>(count)},
-                            current_, std::move(others));
+      shared->add_size(end.name, {steps.begin(), steps.end()}, current_, std::move(others));
     }
     patterns_.await(pattern);
-    pattern->cut = pattern->cut || cut;
+    pattern->cut = pattern->cut || cut != Cut::kNone;
+    if (cut == Cut::kIteration && !pattern->boundary) {
+      patterns_.set_boundary(pattern);
+      cut_other_sizes(steps, nothing_to_compile ? nullptr : shared);
+    }
   }
-  node->cut = node->cut || cut;
+  if (cut == Cut::kCollection && !node->cut) {  // what came after it lies behind
+    launch_closed();
+    follow_ = nullptr;
+    tree_.cut_off(node);
+  }
+  node->cut = node->cut || cut != Cut::kNone;
   return node;
 }
 
-void Session::drop_front(size_t count) {
+void Session::cut_other_sizes(std::span<const StepPtr> steps,
+                              const std::shared_ptr<Pattern>& pattern) {
+  launch_closed();
+  follow_ = nullptr;
+  for (Node* node : TraceTree::find_alike(root_, steps)) {
+    node->cut = true;
+    tree_.cut_off(node);
+    SegmentEnd& end = end_of(*node);
+    end.interpreted_only = pattern == nullptr;
+    if (pattern == nullptr || end.pattern == pattern) continue;
+    end.pattern = pattern;
+    pattern->add_size(end.name, TraceTree::path(node), current_);
+  }
+}
+
+void Session::drop_front(size_t count, Cut cut) {
   metrics().segments_recorded.add(1);
-  Node* node = insert(count, /*cut=*/true);
+  Node* node = insert(count, cut);
   SegmentEnd& end = reached(*node);
   if (end.recorded++ == 0) {
-    end.reason = "the step ends here";
+    end.reason = cut == Cut::kStep ? "the step ends here" : "a loop whose length changes";
     end.symbols = symbolic_.text();
     REPRISE_LOG(1, end.name, ": recorded a step of ", count, " ops");
   }
+  forget_front(count);
+}
+
+void Session::forget_front(size_t count) {
   if (count == log_.size()) {
     begin_segment();
     return;

@@ -21,6 +21,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -161,10 +162,32 @@ class Session final : private GuardListener {
                 torch::jit::Stack& results, const Step* like, bool inferred);
   void after_recorded();
   void refeed();
-  void drop_front(size_t count);
-  /// Where `cut`, a step of the user's ends there. `pattern`: where the steps lie among the
-  /// patterns, if that is known.
-  Node* insert(size_t count, bool cut, PatternTree::Node* pattern = nullptr);
+  /// What ends where the first steps of the log do.
+  enum class Cut : uint8_t {
+    kNone,
+    kStep,       ///< a step of the user's
+    kIteration,  ///< the beginning of a loop whose length changes, or an iteration of it
+    kCollection, ///< what has the loop's length: `PatternTree::collection_at_start`
+  };
+  struct CutPlace {
+    Cut cut = Cut::kNone;
+    size_t count = 0;
+  };
+  void drop_front(size_t count, Cut cut);
+  void forget_front(size_t count);
+  /// The finder says that the first `count` steps of the log are a step of the user's.
+  void drop_found_step(size_t count);
+  /// Where the first `count` steps of the log are to be cut, as other sizes were, now that
+  /// the last of them is known. `alike`: where they lie among the patterns.
+  CutPlace known_cut(const PatternTree::Node* alike, size_t count);
+  /// Cuts the first `count` steps of the log where a loop in them has another length than
+  /// it had before. Returns how many steps this took from the front.
+  size_t cut_loops(size_t count);
+  /// A segment ends after these steps at all sizes that were recorded. `pattern`: theirs;
+  /// null where there is nothing to compile.
+  void cut_other_sizes(std::span<const StepPtr> steps, const std::shared_ptr<Pattern>& pattern);
+  /// `pattern`: where the steps lie among the patterns, if that is known.
+  Node* insert(size_t count, Cut cut, PatternTree::Node* pattern = nullptr);
   void make_room();
   std::optional<size_t> feed(const Step& step);
   /// A whole segment was verified: recording pays.

@@ -234,7 +234,7 @@ Result StepRecorder::give(c10::IValue& value, int again) {
     result.kind = Result::Kind::kAlias;
     result.arg = each.argument;
     result.slot = static_cast<uint32_t>(segment_.find(storage));
-    result.geometry = std::make_shared<const Geometry>(*alias.unsafeGetTensorImpl());
+    result.geometry = shared_geometry(Geometry(*alias.unsafeGetTensorImpl()));
     value = std::move(alias);
     return result;
   }
@@ -242,7 +242,7 @@ Result StepRecorder::give(c10::IValue& value, int again) {
   result.slot = segment_.size();
   result.nbytes = tensor.storage().nbytes();
   result.device_index = step_->device_index;
-  result.geometry = std::make_shared<const Geometry>(*tensor.unsafeGetTensorImpl());
+  result.geometry = shared_geometry(Geometry(*tensor.unsafeGetTensorImpl()));
   at::Tensor lazy;
   if (infers_) {
     lazy = segment_.make_new(result);

@@ -43,6 +43,22 @@ bool Geometry::operator==(const Geometry& other) const {
          dtype == other.dtype && conjugate == other.conjugate && negative == other.negative;
 }
 
+std::shared_ptr<const Geometry> shared_geometry(Geometry geometry) {
+  // The last ones, by their hash.
+  constexpr size_t kPlaces = 1024;
+  thread_local std::vector<std::shared_ptr<const Geometry>> known(kPlaces);
+  uint64_t hash = static_cast<uint64_t>(geometry.offset) << 8 | static_cast<uint64_t>(geometry.dtype);
+  for (const int64_t dim : geometry.dims) {
+    hash = (hash ^ static_cast<uint64_t>(dim)) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 29;
+  }
+  auto& place = known[hash % kPlaces];
+  if (place == nullptr || !(*place == geometry) || place->fixed != geometry.fixed) {
+    place = std::make_shared<const Geometry>(std::move(geometry));
+  }
+  return place;
+}
+
 size_t Geometry::nbytes() const {
   int64_t last = offset;
   for (uint32_t k = 0; k < rank; ++k) {
@@ -312,7 +328,7 @@ class Evaluation {
         const auto& own = expressions[next++];
         result.symbolic = nullptr;
         if (own.empty()) continue;
-        result.geometry = std::make_shared<const Geometry>(geometry(*result.geometry, own));
+        result.geometry = shared_geometry(geometry(*result.geometry, own));
         if (result.kind == Result::Kind::kNew) result.nbytes = result.geometry->nbytes();
       } else if (result.kind == Result::Kind::kList) {
         auto items = std::make_shared<std::vector<Result>>(*result.list);

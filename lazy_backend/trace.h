@@ -53,6 +53,10 @@ struct Geometry {
   bool lies_like(const Geometry& other) const;
 };
 
+/// The same, perhaps as the one object of several places: a trace has few geometries, and what
+/// verification reads of it should stay in the caches.
+std::shared_ptr<const Geometry> shared_geometry(Geometry geometry);
+
 /// An argument as recorded.
 struct Arg {
   enum class Kind : uint8_t {
@@ -93,7 +97,7 @@ struct Arg {
   const c10::IValue& boxed_ints() const { return static_cast<const Ints*>(data_.get())->boxed; }
 
   void set_geometry(Geometry geometry) {
-    data_ = std::make_shared<const Geometry>(std::move(geometry));
+    data_ = shared_geometry(std::move(geometry));
   }
   void set_constant(c10::IValue value) {
     data_ = std::make_shared<const c10::IValue>(std::move(value));

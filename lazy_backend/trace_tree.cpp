@@ -4,6 +4,7 @@
 #include <c10/core/DefaultDtype.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "lazy_backend/device.h"
 #include "lazy_backend/executor.h"
@@ -141,6 +142,31 @@ Node* TraceTree::extend(Node* node, StepPtr step) {
     for (Node* each = node->child; each != nullptr; each = each->sibling) node->index->add(each);
   }
   return child;
+}
+
+std::vector<Node*> TraceTree::find_alike(Node* root, std::span<const StepPtr> steps) {
+  std::vector<Node*> nodes{root};
+  for (const StepPtr& step : steps) {
+    std::vector<Node*> next;
+    for (const Node* node : nodes) {
+      for (Node* child = node->child; child != nullptr; child = child->sibling) {
+        if (child->step->alike(*step, /*floats_may_differ=*/true)) next.push_back(child);
+      }
+    }
+    nodes = std::move(next);
+  }
+  return nodes;
+}
+
+void TraceTree::cut_off(Node* node) {
+  for (Node* child = std::exchange(node->child, nullptr); child != nullptr;) {
+    for_each_below(std::exchange(child, child->sibling), [&](Node* below) {
+      --size_;
+      bytes_ -= below->bytes;
+      delete below;
+    });
+  }
+  node->index = nullptr;
 }
 
 std::vector<StepPtr> TraceTree::path(const Node* node) {

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -66,6 +67,12 @@ class TraceTree {
 
   /// As `find`, and adds it where it is missing.
   Node* extend(Node* node, StepPtr step);
+
+  /// The ends below `root` of all paths whose steps are alike (`Step::alike`).
+  static std::vector<Node*> find_alike(Node* root, std::span<const StepPtr> steps);
+
+  /// Forgets all below `node`, of which nothing may be in use.
+  void cut_off(Node* node);
 
   /// Steps of the path from the root to `node`, in order.
   static std::vector<StepPtr> path(const Node* node);

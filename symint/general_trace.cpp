@@ -333,18 +333,19 @@ std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
     sizes.push_back(*found[site]);
     size_values.push_back(std::move(values));
   }
-  std::map<std::string, uint32_t> numbered;
   constexpr size_t kAnyConstants = 8;
   std::map<Values, std::optional<Expression>> fits;  // the same numbers come again and again
-  for (size_t site = 0; site < like.sites.size(); ++site) {
-    if (!found[site]) {
+  // Arguments first: where an input lies often follows from a position, not the other way.
+  for (const bool arguments : {true, false}) {
+    for (size_t site = 0; site < like.sites.size(); ++site) {
+      if (found[site] || arguments != (like.sites[site].kind == SplitTrace::Site::Kind::kArgument)) {
+        continue;
+      }
       const Values values = column(members, site);
       const auto [known, missing] = fits.try_emplace(values);
       if (missing) known->second = fit(symbols, values, kAnyConstants, sizes);
       if (!known->second) {
-        const bool argument = like.sites[site].kind == SplitTrace::Site::Kind::kArgument;
-        const bool negative = std::any_of(values.begin(), values.end(), [](int64_t v) { return v < 0; });
-        if (!argument || negative) {
+        if (std::any_of(values.begin(), values.end(), [](int64_t v) { return v < 0; })) {
           return give_up("no expression gives " + place(like.sites[site], site) + ": " +
                          list(values));
         }
@@ -358,6 +359,9 @@ std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
       }
       found[site] = known->second;
     }
+  }
+  std::map<std::string, uint32_t> numbered;
+  for (size_t site = 0; site < like.sites.size(); ++site) {
     const auto [known, missing] =
         numbered.try_emplace(found[site]->text(), static_cast<uint32_t>(numbered.size()));
     if (missing) general.expressions_.push_back(*found[site]);

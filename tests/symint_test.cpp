@@ -193,6 +193,32 @@ TEST(GeneralTraces, TakeOtherIntegersAsNumbers) {
   EXPECT_FALSE(general->symbols_of(SplitTrace(trace(4, 32, 9)).integers));
 }
 
+/// A part of a storage, which begins at `offset` with `stride` between its rows, and a position.
+std::string part(int64_t offset, int64_t stride, int64_t position) {
+  return "{\"format\":1,\"device\":\"cpu\",\"inputs\":[{\"kind\":\"tensor\",\"dtype\":\"float32\","
+         "\"sizes\":[8,32],\"strides\":[" + std::to_string(stride) + ",1],\"offset\":" +
+         std::to_string(offset) + "}],\"steps\":[{\"op\":\"aten::select\",\"args\":[{\"int\":" +
+         std::to_string(position) + "}]}]}";
+}
+
+TEST(GeneralTraces, TakeWhereAnInputLiesAsANumber) {
+  const SplitTrace a(part(32, 640, 7)), b(part(96, 960, 7)), c(part(320, 1600, 7));
+  const auto general = GeneralTrace::make(b, std::vector<Values>{a.integers, b.integers});
+  ASSERT_TRUE(general);
+  EXPECT_EQ(general->number_count(), 2u);
+  EXPECT_TRUE(general->symbols_of(c.integers));
+  EXPECT_FALSE(general->symbols_of(SplitTrace(part(320, 1600, 8)).integers));
+}
+
+TEST(GeneralTraces, ExplainWhereAnInputLiesByPositions) {
+  // The other way round, 7 is 226 // 31, and so is 224 // 31, at this place alone.
+  const SplitTrace a(part(96, 640, 3)), b(part(224, 640, 7)), c(part(1120, 640, 35));
+  const auto general = GeneralTrace::make(b, std::vector<Values>{a.integers, b.integers});
+  ASSERT_TRUE(general);
+  EXPECT_EQ(general->number_count(), 1u);
+  EXPECT_TRUE(general->symbols_of(c.integers)) << general->mismatch(c.integers);
+}
+
 TEST(GeneralTraces, NeedSomethingThatDiffers) {
   const SplitTrace a(trace(4, 64));
   EXPECT_FALSE(GeneralTrace::make(a, std::vector<Values>{a.integers, a.integers}));

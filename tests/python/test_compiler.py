@@ -661,6 +661,38 @@ class OverSymbols(CompilerTest):
         _, guards = self.compiled(lambda x: x.view(48) + 1, [torch.randn(6, 8)], [["s0", 8]], [6])
         self.assertTrue({"(>= s0 6)", "(<= s0 6)"} <= set(guards), guards)
 
+    def test_a_view_whose_offset_is_a_number(self):
+        def function(x, y):
+            row = x.as_strided([4], [1], 12)
+            return row * y, row.exp()
+
+        trace = record(function, [torch.randn(8, 4), torch.randn(4)]).trace
+        text = json.dumps(trace).replace('{"int": 12}', '{"expr": "(+ s0 -2)"}')
+        program = self.load(json.dumps({**json.loads(text), "symbols": [14], "numbers": 1}))
+        x, y = torch.randn(8, 4), torch.randn(4)
+        for offset in (12, 0, 28):
+            told = torch.empty_strided([offset + 2], [0], dtype=torch.uint8)
+            row = x.flatten()[offset : offset + 4]
+            for out, expected in zip(program(x, y, told), (row * y, row.exp()), strict=True):
+                torch.testing.assert_close(out, expected)
+
+    def test_where_an_input_lies_may_be_a_number(self):
+        trace = record(lambda x: x * 2 + 1, [torch.randn(9, 8)[2:6, :3]]).trace
+        (spec,) = trace["inputs"]
+        spec["strides"], spec["offset"] = ["(+ s0 -2)", 1], "(+ s1 -2)"
+        program = self.load(json.dumps({**trace, "symbols": [10, 18], "numbers": 2}))
+        for columns, first in ((8, 2), (5, 0), (3, 4)):
+            x = torch.randn(9, columns)[first : first + 4, :3]
+            told = [torch.empty_strided([n + 2], [0], dtype=torch.uint8)
+                    for n in (columns, x.storage_offset())]
+            (out,) = program(x, *told)
+            torch.testing.assert_close(out, x * 2 + 1)
+
+        trace = record(lambda x: x.as_strided([2], [1], 16), [torch.randn(9, 8)[2:6]]).trace
+        trace["inputs"][0]["offset"] = "(+ s0 -2)"
+        with self.assertRaisesRegex(TraceError, "an input whose offset is a symbol"):
+            self.load(json.dumps({**trace, "symbols": [18], "numbers": 1}))
+
     def test_numbers_are_told_by_the_sizes_of_further_inputs(self):
         recording = record(lambda x: x[:, 3:4] * 2, [torch.randn(2, 9)])
         text = recording.json.replace('{"int": 3}, {"int": 4}', json.dumps({"expr": "(+ s0 -2)"})

@@ -185,6 +185,7 @@ class _GraphBuilder:
         # Overlapping views and views of them.
         self.overlapping: set[Node] = set()
         self.inputs: dict[Node, dict[str, Any]] = {}
+        self.moving: set[Node] = set()  # inputs whose offset is no constant
         self.symbols: dict[int, Node] = {}
         self.root = torch.nn.Module()
 
@@ -217,6 +218,8 @@ class _GraphBuilder:
             if spec["kind"] not in ("tensor", "scalar"):
                 raise TraceError(f"input {k} has the unknown kind {spec['kind']!r}")
             self.inputs[self.values[k]] = with_symbols(spec, self.trace.get("symbols", []))
+            if not isinstance(spec["offset"], int):
+                self.moving.add(self.values[k])
         hints, numbers = self.trace.get("symbols", []), self.trace.get("numbers", 0)
         for k in range(len(hints) - numbers, len(hints)):
             told = self.graph.placeholder(f"number_{k}")
@@ -388,16 +391,20 @@ class _GraphBuilder:
         if base not in self.inputs:
             return
         spec = self.inputs[base]
-        if not isinstance(positional[k], int):
-            raise TraceError("the offset of a view over an input is a symbol")
-        if positional[k] < spec["offset"] or not _is_dense(spec):
+        if base in self.moving:
+            raise TraceError("a view counts from an input whose offset is a symbol")
+        is_number = isinstance(positional[k], int)
+        if not _is_dense(spec) or (
+            positional[k] < spec["offset"] if is_number else spec["offset"] != 0
+        ):
             # A write makes a dense copy of the input, and what lies between its
             # elements is lost to the views that follow.
             raise TraceError(
                 "a view of another geometry over an input that is not its whole "
                 "storage; make the whole storage the input"
             )
-        positional[k] -= spec["offset"]
+        if is_number:
+            positional[k] -= spec["offset"]
 
     def base(self, node: Node) -> Node:
         return self.bases.get(node, node)
