@@ -156,7 +156,7 @@ void begin(bool compile) {
   options().compile = compile;
   options().compile_after_ops = 1;
   options().demote_slow_programs = false;
-  options().dynamic_shapes = false;
+  options().dynamic_shapes = !compile;  // loops are cut, and nothing is compiled
 }
 
 }  // namespace

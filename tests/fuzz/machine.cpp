@@ -201,7 +201,15 @@ Outcome Machine::step(uint32_t k) {
   count_ = 0;
   const bool other = (program_.others >> k & 1) != 0;
   const size_t until = other ? std::min<size_t>(program_.turn, program_.code.size()) : program_.code.size();
-  for (size_t n = 0; n < until; ++n) run(program_.code[n], k, outcome);
+  const size_t loop_end = std::min<size_t>(program_.loop_begin + program_.loop_length, until);
+  const uint32_t loop_times = program_.loop_times_at(k);
+  uint32_t turns = 1;
+  for (size_t n = 0; n < until; ++n) {
+    run(program_.code[n], k, outcome);
+    if (n + 1 == loop_end && program_.loop_length > 0 && turns++ < loop_times) {
+      n = program_.loop_begin - size_t{1};
+    }
+  }
   if (other) {
     for (const Instruction& instruction : program_.other) run(instruction, k, outcome);
   }
@@ -234,7 +242,13 @@ std::string to_cpp(const Program& program) {
                              program.read_late ? ", values read at the end" : "",
                              program.no_grad ? ", without autograd" : "",
                              program.sizes_change ? ", n of another size each time" : "",
-                             program.numbers_change ? ", other numbers each time" : "", "; seed ", program.seed, "\n");
+                             program.numbers_change ? ", other numbers each time" : "",
+                             program.loop_changes && program.loop_length > 0
+                                 ? c10::str(", ", program.loop_length, " instructions from the ",
+                                            program.loop_begin, "-th on in a loop of other length "
+                                            "each time, the first shown")
+                                 : "",
+                             "; seed ", program.seed, "\n");
   for (const bool other : {false, true}) {
     if (other && program.others == 0) break;
     Program one = program;

@@ -46,6 +46,18 @@ Program random_program(uint64_t seed, size_t length) {
   program.turn = length == 0 ? 0 : next() % static_cast<uint32_t>(length);
   program.code = instructions(length, next);
   program.other = instructions(next() % 8, next);
+  // One in four has a loop.
+  if (length > 0 && next() % 4 == 0) {
+    program.loop_begin = next() % static_cast<uint32_t>(length);
+    program.loop_length = 1 + next() % static_cast<uint32_t>(length - program.loop_begin);
+    program.loop_times = 2 + next() % 4;
+    program.loop_changes = next() % 4 != 0;
+    // Each time works on what the time before has left.
+    for (uint32_t k = 0; k < program.loop_length; ++k) {
+      Instruction& instruction = program.code[program.loop_begin + k];
+      for (uint8_t* operand : {&instruction.a, &instruction.b, &instruction.c}) *operand &= 3;
+    }
+  }
   return program;
 }
 
@@ -56,6 +68,11 @@ Program program_of(const uint8_t* data, size_t size) {
   set_frame(program, next);
   program.turn = next();
   program.other = instructions(next() % 8, next);
+  const uint32_t loop = next();
+  program.loop_times = 1 + (loop & 3);
+  program.loop_changes = (loop & 4) != 0;
+  program.loop_begin = loop >> 3;
+  program.loop_length = next();
   program.code = instructions(static_cast<size_t>(end - data) / 7, next);
   return program;
 }

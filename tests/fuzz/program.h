@@ -26,6 +26,10 @@ struct Program {
   uint32_t turn = 0;
   uint32_t times = 6;
   uint32_t others = 0;     ///< bit k: the k-th time takes the other way
+  /// A loop: so many instructions from the first one on, which are run more than once.
+  uint32_t loop_begin = 0, loop_length = 0;
+  uint32_t loop_times = 1;  ///< one more each time, up to twice as many, where `loop_changes`
+  bool loop_changes = false;
   bool marked = true;      ///< mark_step() after each time
   bool read_late = false;  ///< values are compared at the end, not after each time
   bool no_grad = false;
@@ -33,6 +37,20 @@ struct Program {
   bool numbers_change = false;  ///< `i` and `s` of each instruction are others each time
 
   bool changes() const { return sizes_change || numbers_change; }
+  /// How often the loop runs in the k-th step.
+  uint32_t loop_times_at(uint32_t k) const {
+    return loop_changes ? loop_times + k * 3 % (loop_times + 1) : loop_times;
+  }
+  /// So many instructions from the `at`-th one on are gone: what is counted in them moves.
+  void close_gap(size_t at, size_t size) {
+    const auto moved = [&](uint32_t place) {
+      return place <= at ? place : place - static_cast<uint32_t>(std::min<size_t>(size, place - at));
+    };
+    const uint32_t end = moved(loop_begin + loop_length);
+    turn = moved(turn);
+    loop_begin = moved(loop_begin);
+    loop_length = end - loop_begin;
+  }
 };
 
 /// The same for the same seed, on every machine.
@@ -57,9 +75,7 @@ Program shrink(Program program, const Fails& fails) {
         auto& code = candidate.*part;
         code.erase(code.begin() + static_cast<std::ptrdiff_t>(at),
                    code.begin() + static_cast<std::ptrdiff_t>(std::min(at + size, code.size())));
-        if (part == &Program::code && candidate.turn > at) {
-          candidate.turn -= static_cast<uint32_t>(std::min<size_t>(size, candidate.turn - at));
-        }
+        if (part == &Program::code) candidate.close_gap(at, size);
         if (!attempt(candidate)) at += size;
       }
       if (size <= 1) break;
@@ -71,10 +87,16 @@ Program shrink(Program program, const Fails& fails) {
     candidate.other.clear();
     attempt(candidate);
   }
-  for (bool Program::*change : {&Program::sizes_change, &Program::numbers_change}) {
+  for (bool Program::*change :
+       {&Program::sizes_change, &Program::numbers_change, &Program::loop_changes}) {
     Program candidate = program;
     candidate.*change = false;
     attempt(candidate);
+  }
+  while (program.loop_times > 1) {
+    Program candidate = program;
+    --candidate.loop_times;
+    if (!attempt(candidate)) break;
   }
   while (program.times > 1) {
     Program candidate = program;
