@@ -14,6 +14,7 @@
 #include <filesystem>
 #include <set>
 #include <thread>
+#include <utility>
 
 #include "compiler_bridge/artifact_store.h"
 #include "compiler_bridge/compiler_abi.h"
@@ -117,6 +118,7 @@ void CompileQueue::start_warm_up() {
 void CompileQueue::start_thread() {
   if (thread_started_) return;
   thread_started_ = true;
+  process_ = ::getpid();
   std::thread([this] { run(); }).detach();
 }
 
@@ -138,7 +140,9 @@ void CompileQueue::compile_package(const std::string& trace, const std::string& 
 void CompileQueue::process(PackageJob& job) try {
   char *report = nullptr, *error = nullptr;
   if (!open_compiler(&job.problem)) return;
-  if (library.compile(job.trace.c_str(), job.path.c_str(), &report, &error) != 0) {
+  if (in_compiler([&] {
+        return library.compile(job.trace.c_str(), job.path.c_str(), &report, &error);
+      }) != 0) {
     job.problem = take(error);
     return;
   }
@@ -156,7 +160,9 @@ void CompileQueue::run() {
       std::unique_lock lock(mutex_);
       busy_ = false;
       changed_.notify_all();
-      changed_.wait(lock, [&] { return !waiting_.empty() || !packages_.empty() || import_wanted_; });
+      changed_.wait(lock, [&] {
+        return !ending_ && (!waiting_.empty() || !packages_.empty() || import_wanted_);
+      });
       busy_ = true;
       import_wanted_ = false;
       if (!packages_.empty()) {
@@ -187,7 +193,15 @@ void CompileQueue::run() {
 }
 
 void CompileQueue::stop_for_exit() {
+  std::unique_lock lock(mutex_);
+  if (process_ != ::getpid()) return;
+  ending_ = true;
+  const std::deque<std::shared_ptr<Program>> dropped = std::exchange(waiting_, {});
+  lock.unlock();
   if (library_open.load(std::memory_order_acquire)) library.interrupt(/*timeout_ms=*/2000);
+  lock.lock();
+  // What loads a package needs static objects of libtorch.
+  changed_.wait_for(lock, std::chrono::seconds(2), [&] { return !busy_ || in_compiler_; });
 }
 
 bool CompileQueue::open_compiler(std::string* problem) {
@@ -250,7 +264,7 @@ bool CompileQueue::open_compiler(std::string* problem) {
     const KeepEngine keep;
     return library.initialize(settings.c_str(), &error);
   };
-  if (initialize() != 0) {
+  if (in_compiler(initialize) != 0) {
     return give_up(c10::str("the Python '", python, "' cannot compile: ", take(error),
                             "; name another with REPRISE_PYTHON"));
   }
@@ -478,7 +492,9 @@ std::shared_ptr<Runner> CompileQueue::compile(Program& program, const std::strin
   char *report = nullptr, *error = nullptr;
   const std::string path = ArtifactStore::get().path(key);
   const auto start = std::chrono::steady_clock::now();
-  if (library.compile(trace.c_str(), path.c_str(), &report, &error) != 0) {
+  if (in_compiler([&] {
+        return library.compile(trace.c_str(), path.c_str(), &report, &error);
+      }) != 0) {
     *problem = take(error);
     return nullptr;
   }

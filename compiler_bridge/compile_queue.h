@@ -44,7 +44,8 @@ class CompileQueue {
 
   void wait_until_idle();
 
-  /// The process is ending: brings a running compile to rest.
+  /// The process is ending: brings a running compile to rest, waits for a package that is
+  /// being loaded, and begins nothing more.
   void stop_for_exit();
 
  private:
@@ -74,6 +75,19 @@ class CompileQueue {
   bool serve_or_compile(Program& program, const SplitTrace& trace, ProgramFamily& family);
   void finish(Program& program, std::string problem);
   bool open_compiler(std::string* problem);
+  /// Calls the compiler library.
+  template <class Call>
+  auto in_compiler(const Call& call) {
+    const auto set = [&](bool inside) {
+      const std::lock_guard lock(mutex_);
+      in_compiler_ = inside;
+      changed_.notify_all();
+    };
+    set(true);
+    auto result = call();
+    set(false);
+    return result;
+  }
 
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -82,6 +96,9 @@ class CompileQueue {
   bool thread_started_ = false;
   bool import_wanted_ = false;
   bool busy_ = false;
+  bool ending_ = false;
+  bool in_compiler_ = false;  ///< from where the queue's thread does not return at the end
+  int process_ = 0;           ///< in which the thread runs: not in one that was forked later
   std::atomic<bool> warm_{false};
 
   std::mutex families_mutex_;  ///< held for moments, never during a compile

@@ -44,15 +44,21 @@ bool Geometry::operator==(const Geometry& other) const {
 }
 
 std::shared_ptr<const Geometry> shared_geometry(Geometry geometry) {
-  // The last ones, by their hash.
+  // The last ones, by their hash. Steps may still be made when the thread's objects are gone.
   constexpr size_t kPlaces = 1024;
-  thread_local std::vector<std::shared_ptr<const Geometry>> known(kPlaces);
+  thread_local bool gone = false;
+  struct Known {
+    std::vector<std::shared_ptr<const Geometry>> places{kPlaces};
+    ~Known() { gone = true; }
+  };
+  thread_local Known known;
+  if (C10_UNLIKELY(gone)) return std::make_shared<const Geometry>(std::move(geometry));
   uint64_t hash = static_cast<uint64_t>(geometry.offset) << 8 | static_cast<uint64_t>(geometry.dtype);
   for (const int64_t dim : geometry.dims) {
     hash = (hash ^ static_cast<uint64_t>(dim)) * 0x9e3779b97f4a7c15u;
     hash ^= hash >> 29;
   }
-  auto& place = known[hash % kPlaces];
+  auto& place = known.places[hash % kPlaces];
   if (place == nullptr || !(*place == geometry) || place->fixed != geometry.fixed) {
     place = std::make_shared<const Geometry>(std::move(geometry));
   }

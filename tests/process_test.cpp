@@ -78,6 +78,17 @@ TEST(ProcessExit, DuringACompileIsClean) {
   }
 }
 
+TEST(ProcessExit, WhilePackagesAreLoadedIsClean) {
+  const Settings environment = {
+      {"REPRISE_COMPILE_AFTER", "1"}, {"REPRISE_CACHE_DIR", make_folder("loading")}};
+  expect_right(run_child({plain_program(), "train", "60", "15000"}, environment));
+  for (const char* steps : {"3", "4", "5", "6", "7", "8", "10", "12"}) {
+    const Ended ended = run_child({plain_program(), "train", steps}, environment);
+    EXPECT_EQ(ended.signal, 0) << ended.output;
+    EXPECT_EQ(ended.status, 0) << ended.output;
+  }
+}
+
 TEST(ProcessExit, OfAChildThatWasForkedBeforeFirstUse) {
   const Ended ended = run_child({plain_program(), "fork", "20"}, {{"REPRISE_COMPILE", "0"}});
   EXPECT_EQ(ended.signal, 0) << ended.output;

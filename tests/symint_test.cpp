@@ -202,8 +202,10 @@ std::string part(int64_t offset, int64_t stride, int64_t position) {
 }
 
 TEST(GeneralTraces, TakeWhereAnInputLiesAsANumber) {
-  const SplitTrace a(part(32, 640, 7)), b(part(96, 960, 7)), c(part(320, 1600, 7));
-  const auto general = GeneralTrace::make(b, std::vector<Values>{a.integers, b.integers});
+  const SplitTrace a(part(32, 640, 7)), b(part(96, 960, 7)), c(part(320, 1600, 7)),
+      d(part(320, 640, 7));
+  const auto general =
+      GeneralTrace::make(b, std::vector<Values>{a.integers, d.integers, b.integers});
   ASSERT_TRUE(general);
   EXPECT_EQ(general->number_count(), 2u);
   EXPECT_TRUE(general->symbols_of(c.integers));

@@ -17,12 +17,15 @@ constexpr size_t kMostValues = 24;
 
 double parameter_s(const Instruction& instruction) { return (instruction.s % 17 - 8) / 4.0; }
 
-/// The first line of an error, without the device's name.
+/// The first line of an error, without the device's name and that of the node which made a
+/// tensor: a view whose base was written is made anew by `as_strided` on other devices, and by
+/// the view itself on the lazy one (`c10::Device::supports_as_strided`, torch 2.11).
 std::string first_line(const std::exception& error) {
   // `what()` of libtorch's own would look up the names of the functions on the stack.
   const auto* own = dynamic_cast<const c10::Error*>(&error);
   std::string line = own != nullptr ? own->what_without_backtrace() : error.what();
   line = line.substr(0, line.find('\n'));
+  if (const size_t at = line.find(", which is output "); at != std::string::npos) line.erase(at);
   for (const char* name : {"lazy.", "Lazy", "lazy:0", "lazy", "cuda.", "CUDA", "cuda:0", "cuda", "CPU", "cpu"}) {
     for (size_t at; (at = line.find(name)) != std::string::npos;) {
       line.erase(at, std::char_traits<char>::length(name));
