@@ -131,6 +131,7 @@ void begin_contest_with_own(SegmentEnd& end) {
   }
   if (end.program->state == Program::State::kReady) {
     end.general = {end.program, end.contest, end.checked};
+    end.about_own = "a program for this size alone takes turns with the one over symbols";
   } else {
     end.about_own = "a program for this size alone, since the one over symbols was slower than "
                     "the interpreter";
