@@ -123,14 +123,14 @@ Pass gpt_training(torch::Device device) {
 }
 
 /// Three sizes in the first passes, then one of them, several times a pass.
-Pass usual_size(const std::function<Pass(Tensors, torch::Device)>& make, torch::Device device) {
+Pass usual_size(const std::function<Pass(Tensors)>& make, torch::Device device) {
   constexpr int kPassesOfAll = 5, kUsual = 8;
   Tensors all, usual;
   for (const auto& [batch, length] : {std::pair{4, 24}, {6, 32}, {8, 48}}) {
     all.push_back(tokens({batch, length}).to(device));
   }
   for (int k = 0; k < kUsual; ++k) usual.push_back(all.back());
-  return [first = make(all, device), then = make(usual, device), passes = 0]() mutable {
+  return [first = make(all), then = make(usual), passes = 0]() mutable {
     return passes++ < kPassesOfAll ? first() : then();
   };
 }
@@ -141,7 +141,7 @@ Pass gpt_usual(torch::Device device, bool trains) {
   auto optimizer = std::make_shared<torch::optim::SGD>(
       model->parameters(), torch::optim::SGDOptions(1e-6).momentum(0.9));
   return usual_size(
-      [=](const Tensors& texts, torch::Device) {
+      [=](const Tensors& texts) {
         if (!trains) return inference(model, texts);
         std::vector<Tensors> batches;
         for (const auto& text : texts) batches.push_back({text, text.flatten()});

@@ -116,8 +116,7 @@ void CompileQueue::start_warm_up() {
 }
 
 void CompileQueue::start_thread() {
-  if (thread_started_) return;
-  thread_started_ = true;
+  if (process_ != 0) return;
   process_ = ::getpid();
   std::thread([this] { run(); }).detach();
 }
@@ -138,15 +137,10 @@ void CompileQueue::compile_package(const std::string& trace, const std::string& 
 }
 
 void CompileQueue::process(PackageJob& job) try {
-  char *report = nullptr, *error = nullptr;
   if (!open_compiler(&job.problem)) return;
-  if (in_compiler([&] {
-        return library.compile(job.trace.c_str(), job.path.c_str(), &report, &error);
-      }) != 0) {
-    job.problem = take(error);
-    return;
+  if (const auto report = build(job.trace, job.path, &job.problem)) {
+    REPRISE_LOG(1, "compiled ", job.path, " ", *report);
   }
-  REPRISE_LOG(1, "compiled ", job.path, " ", take(report));
 } catch (const std::exception& failure) {
   job.problem = failure.what();
 }
@@ -486,19 +480,23 @@ std::shared_ptr<Runner> CompileQueue::load(const std::string& key, c10::Device d
   }
 }
 
+std::optional<std::string> CompileQueue::build(const std::string& trace, const std::string& path,
+                                               std::string* problem) {
+  char *report = nullptr, *error = nullptr;
+  const int failed = in_compiler(
+      [&] { return library.compile(trace.c_str(), path.c_str(), &report, &error); });
+  if (failed == 0) return take(report);
+  *problem = take(error);
+  return std::nullopt;
+}
+
 std::shared_ptr<Runner> CompileQueue::compile(Program& program, const std::string& trace,
                                               const std::string& key, std::string* problem) {
   if (!open_compiler(problem)) return nullptr;
-  char *report = nullptr, *error = nullptr;
   const std::string path = ArtifactStore::get().path(key);
   const auto start = std::chrono::steady_clock::now();
-  if (in_compiler([&] {
-        return library.compile(trace.c_str(), path.c_str(), &report, &error);
-      }) != 0) {
-    *problem = take(error);
-    return nullptr;
-  }
-  const std::string phases = take(report);
+  const auto phases = build(trace, path, problem);
+  if (!phases) return nullptr;
   std::shared_ptr<Runner> runner = load_package_runner(path, backing_device_of(program.device_index));
   loaded_[key] = runner;
   program.compile_seconds = seconds_since(start);
@@ -506,7 +504,7 @@ std::shared_ptr<Runner> CompileQueue::compile(Program& program, const std::strin
   torch::lazy::Metric metric("reprise.CompileSeconds");
   metric.AddSample(program.compile_seconds);
   REPRISE_LOG(1, program.name, ": compiled ", program.steps.size(), " ops in ",
-              program.compile_seconds, " s ", phases);
+              program.compile_seconds, " s ", *phases);
   ArtifactStore::get().trim(key);
   return runner;
 }

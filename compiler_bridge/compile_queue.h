@@ -11,6 +11,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 
@@ -88,17 +89,19 @@ class CompileQueue {
     set(false);
     return result;
   }
+  /// Has the open compiler make a package; returns its report, or nothing and the problem.
+  std::optional<std::string> build(const std::string& trace, const std::string& path,
+                                   std::string* problem);
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::shared_ptr<Program>> waiting_;
   std::deque<PackageJob*> packages_;  ///< their callers wait
-  bool thread_started_ = false;
   bool import_wanted_ = false;
   bool busy_ = false;
   bool ending_ = false;
   bool in_compiler_ = false;  ///< from where the queue's thread does not return at the end
-  int process_ = 0;           ///< in which the thread runs: not in one that was forked later
+  int process_ = 0;  ///< in which the thread runs, not one that was forked later; 0: no thread yet
   std::atomic<bool> warm_{false};
 
   std::mutex families_mutex_;  ///< held for moments, never during a compile

@@ -129,21 +129,22 @@ void begin_contest_with_own(SegmentEnd& end) {
     end.about_own = "no program for this size alone: " + own->problem;
     return;
   }
-  if (end.program->state == Program::State::kReady) {
-    end.general = {end.program, end.contest, end.checked};
+  const SegmentEnd::General general{end.program, end.contest, end.checked};
+  end.serve(own);
+  if (general.program->state == Program::State::kReady) {
+    end.general = general;
     end.about_own = "a program for this size alone takes turns with the one over symbols";
   } else {
     end.about_own = "a program for this size alone, since the one over symbols was slower than "
                     "the interpreter";
   }
-  end.serve(own);
 }
 
 void return_to_general(SegmentEnd& end, std::string why) {
-  end.serve(std::move(end.general.program));
-  end.contest = end.general.contest;
-  end.checked = end.general.checked;
-  end.general = {};
+  const SegmentEnd::General general = std::move(end.general);
+  end.serve(general.program);
+  end.contest = general.contest;
+  end.checked = general.checked;
   end.about_own = std::move(why);
 }
 
@@ -317,10 +318,9 @@ void launch(Node& node, Segment& segment) {
   }
   if (!options().compile || !worth_a_compile(end)) return;
   const bool none = end.program == nullptr;
-  if (none && end.pattern != nullptr && end.pattern->request_marked(end.name, end.steps, segment)) {
-    return;
-  }
-  if (none && end.pattern != nullptr && end.pattern->request_another(end.name, end.steps, segment)) {
+  if (none && end.pattern != nullptr &&
+      (end.pattern->request_marked(end.name, end.steps, segment) ||
+       end.pattern->request_another(end.name, end.steps, segment))) {
     return;
   }
   const bool other_outputs = !none && end.wider == nullptr &&
@@ -328,7 +328,9 @@ void launch(Node& node, Segment& segment) {
                              !covers(*end.program, segment);
   if (!none && !other_outputs) return;
   if (end.pattern != nullptr && !end.pattern->take_own_program()) {
-    end.about_own = "not compiled: so many other sizes have programs of their own (most_size_programs)";
+    if (end.about_own.empty()) {
+      end.about_own = "not compiled: so many other sizes have programs of their own (most_size_programs)";
+    }
     return;
   }
   (none ? end.program : end.wider) = request_program(end, segment);

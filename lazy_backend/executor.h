@@ -49,15 +49,17 @@ struct SegmentEnd {
   /// A program for this size alone, being compiled beside one over symbols.
   std::shared_ptr<Program> own;
   /// The one over symbols while the present one, this size's own, is in contest with it.
-  struct {
+  struct General {
     std::shared_ptr<Program> program;
     Contest contest;
     bool checked = false;
   } general;
   std::string about_own;  ///< what came of it, or why there is none
 
+  /// Another program is the present one; a contest with the one over symbols is over.
   void serve(std::shared_ptr<Program> next) {
     check = nullptr;  // it uses the present program
+    general = {};
     program = std::move(next);
     checked = false;
     contest = {};
@@ -65,7 +67,6 @@ struct SegmentEnd {
   void drop_programs() {
     serve(nullptr);
     wider = own = nullptr;
-    general = {};
     about_own.clear();
     steps.clear();
   }

@@ -35,27 +35,30 @@ void Pattern::add_size(const std::string& name, std::vector<StepPtr> steps,
   ops_ += steps.size();
   const bool pending =
       requested_ != nullptr && requested_->state.load() == Program::State::kQueued;
-  const bool wanted = unserved_ && !pending && sizes_ + marked_.size() >= std::max(next_request_, enough_sizes()) &&
+  const bool enough = sizes_ + marked_.size() >= std::max(next_request_, enough_sizes());
+  const bool wanted = unserved_ && !pending && enough &&
                       requests_ < kMostRequests && options().compile &&
                       static_cast<int64_t>(ops_) >= options().compile_after_ops;
   if (wanted) request(name, steps, segment);
   if (marked_.empty()) marked_ = std::move(others);
   if (program_ != nullptr && !unserved_) return;  // made of those that there are
-  examples_.push_back(std::move(steps));
-  if (examples_.size() > kMostExamples) forget_an_example();
+  remember(std::move(steps));
 }
 
 bool Pattern::request_another(const std::string& name, const std::vector<StepPtr>& steps,
                               const Segment& segment) {
   if (awaits()) return true;
-  if (!unserved_ || sizes_ < enough_sizes() || requests_ >= kMostRequests || examples_.empty()) return false;
+  if (!unserved_ || sizes_ < enough_sizes() || requests_ >= kMostRequests || examples_.empty()) {
+    return false;
+  }
   request(name, steps, segment);
-  examples_.push_back(steps);
-  if (examples_.size() > kMostExamples) forget_an_example();
+  remember(steps);
   return true;
 }
 
-void Pattern::forget_an_example() {
+void Pattern::remember(std::vector<StepPtr> steps) {
+  examples_.push_back(std::move(steps));
+  if (examples_.size() <= kMostExamples) return;
   // Of the two that differ least, the older one. The last one stays.
   const auto difference = [](const std::vector<StepPtr>& a, const std::vector<StepPtr>& b) {
     size_t differing = 0;

@@ -73,7 +73,8 @@ class Pattern {
   static constexpr size_t kMostRemembered = 4096;
 
   void request(const std::string& name, const std::vector<StepPtr>& steps, const Segment& segment);
-  void forget_an_example();
+  /// Among the examples, of which the ones that differ most are kept.
+  void remember(std::vector<StepPtr> steps);
 
   std::vector<std::vector<int64_t>> marked_;  ///< values of the symbols of the user's marks
   uint64_t sizes_ = 0;

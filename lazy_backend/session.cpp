@@ -365,8 +365,7 @@ void Session::end_segment(const char* reason) {
     launch(node, current_);
     return;
   }
-  while (!log_.empty() && cut_loops(log_.size()) > 0) {
-  }
+  cut_loops(log_.size());
   if (!log_.empty()) {
     metrics().segments_recorded.add(1);
     SegmentEnd& end = reached(*insert(log_.size(), Cut::kNone));
@@ -940,7 +939,7 @@ void Session::after_recorded() {
 }
 
 void Session::drop_found_step(size_t count) {
-  for (size_t taken = 1; taken > 0 && count > 0; count -= taken) taken = cut_loops(count);
+  count = cut_loops(count);
   if (count > 0) drop_front(count, Cut::kStep);
 }
 
@@ -981,6 +980,15 @@ void Session::refeed() {
 }
 
 size_t Session::cut_loops(size_t count) {
+  while (count > 0) {
+    const size_t taken = cut_loop(count);
+    if (taken == 0) break;
+    count -= taken;
+  }
+  return count;
+}
+
+size_t Session::cut_loop(size_t count) {
   if (!options().dynamic_shapes || function_ != 0) return 0;
   const auto loop = patterns_.loop_of_other_length(environment_, log_, count);
   if (!loop) return 0;
@@ -994,7 +1002,6 @@ size_t Session::cut_loops(size_t count) {
     for (Node* child = root_->child; child != nullptr; child = child->sibling) {
       const Step& step = *child->step;
       if (child->cut || step.op != op || !has_tensor_list(step)) continue;
-      if (follow_ != root_) follow_ = nullptr;
       child->cut = end_of(*child).interpreted_only = true;
       tree_.cut_off(child);
     }

@@ -180,9 +180,11 @@ class Session final : private GuardListener {
   /// Where the first `count` steps of the log are to be cut, as other sizes were, now that
   /// the last of them is known. `alike`: where they lie among the patterns.
   CutPlace known_cut(const PatternTree::Node* alike, size_t count);
-  /// Cuts the first `count` steps of the log where a loop in them has another length than
-  /// it had before. Returns how many steps this took from the front.
+  /// Cuts the first `count` steps of the log where loops in them have another length than
+  /// they had before. Returns how many of these steps are left at the front.
   size_t cut_loops(size_t count);
+  /// As above for one loop. Returns how many steps this took from the front; 0: there is none.
+  size_t cut_loop(size_t count);
   /// A segment ends after these steps at all sizes that were recorded. `pattern`: theirs;
   /// null where there is nothing to compile.
   void cut_other_sizes(std::span<const StepPtr> steps, const std::shared_ptr<Pattern>& pattern);

@@ -8,14 +8,10 @@
 #include <vector>
 
 #include "lazy_backend/flat_map.h"
+#include "lazy_backend/mix_hash.h"
 #include "lazy_backend/step_finder.h"
 
 namespace reprise {
-
-inline uint64_t mix_hash(uint64_t hash, uint64_t value) {
-  hash = (hash ^ value) * 0x9E3779B97F4A7C15u;
-  return hash ^ (hash >> 29);
-}
 
 class StepLog {
  public:

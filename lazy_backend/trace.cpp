@@ -1,5 +1,6 @@
 #include "lazy_backend/trace.h"
 
+#include "lazy_backend/mix_hash.h"
 #include "lazy_backend/schema_type.h"
 
 #include <ATen/core/Tensor.h>
@@ -54,10 +55,7 @@ std::shared_ptr<const Geometry> shared_geometry(Geometry geometry) {
   thread_local Known known;
   if (C10_UNLIKELY(gone)) return std::make_shared<const Geometry>(std::move(geometry));
   uint64_t hash = static_cast<uint64_t>(geometry.offset) << 8 | static_cast<uint64_t>(geometry.dtype);
-  for (const int64_t dim : geometry.dims) {
-    hash = (hash ^ static_cast<uint64_t>(dim)) * 0x9e3779b97f4a7c15u;
-    hash ^= hash >> 29;
-  }
+  for (const int64_t dim : geometry.dims) hash = mix_hash(hash, static_cast<uint64_t>(dim));
   auto& place = known.places[hash % kPlaces];
   if (place == nullptr || !(*place == geometry) || place->fixed != geometry.fixed) {
     place = std::make_shared<const Geometry>(std::move(geometry));

@@ -51,7 +51,8 @@ class GeneralTrace {
   /// broadcasting, and get programs of their own.
   ///
   /// Another integer that differs and that no expression explains (a position in a cache,
-  /// or how an input lies in a storage of which it is a part) is a *number*, and becomes a symbol too: the program is told by one more input.
+  /// or how an input lies in a storage of which it is a part) is a *number*, and becomes a
+  /// symbol too: the program is told by one more input.
   ///
   /// Where nothing is made, `problem` says why if it is not null.
   static std::optional<GeneralTrace> make(const SplitTrace& like,

@@ -12,7 +12,6 @@ namespace reprise::test {
 namespace {
 
 namespace F = torch::nn::functional;
-namespace nn = torch::nn;
 
 class Loops : public LazySizes {};
 
@@ -25,7 +24,6 @@ struct Lengths {
   std::vector<int64_t> others;  ///< run once, when all is settled
   uint64_t programs = 6;        ///< compiled, at most
   int rounds = 10;
-  bool marked = true;
 };
 
 /// Each length as a step, against eager; when all is settled, no length, not even one that
@@ -39,7 +37,7 @@ void expect_few_programs(const LoopedProgram& program, const Lengths& lengths) {
   const auto run = [&](int64_t times) {
     SCOPED_TRACE(c10::str("length ", times));
     const Tensors wanted = eager(times), got = lazy(times);
-    if (lengths.marked) mark_step();
+    mark_step();
     expect_all_close(got, wanted, 4);
     wait_for_compiles();
   };
