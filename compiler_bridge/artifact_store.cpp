@@ -18,6 +18,7 @@
 #include <limits>
 #include <vector>
 
+#include "compiler_id.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/gpu.h"
 #include "reprise/options.h"
