@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/GradMode.h>
@@ -17,7 +18,6 @@
 #include <mutex>
 #include <nlohmann/json.hpp>
 
-#include "interchange/package_metadata.h"
 #include "lazy_backend/storage.h"
 
 namespace reprise {
@@ -34,7 +34,8 @@ Packages& packages() {
   return *instance;
 }
 
-std::vector<at::Tensor> run_package(c10::string_view key, at::TensorList inputs, at::TensorList weights) {
+std::vector<at::Tensor> run_package(c10::string_view key, at::TensorList inputs, at::TensorList weights,
+                                    at::TensorList written) {
   CompiledPackage* package = nullptr;
   {
     Packages& registry = packages();
@@ -43,11 +44,11 @@ std::vector<at::Tensor> run_package(c10::string_view key, at::TensorList inputs,
     TORCH_CHECK(found != registry.all.end(), "reprise: the package ", key, " is not loaded any more");
     package = found->second;
   }
-  return package->run_here(inputs.vec(), weights.vec());
+  return package->run_here(inputs.vec(), weights, written);
 }
 
 TORCH_LIBRARY_FRAGMENT(reprise, m) {
-  m.def("run_package(str package, Tensor[] inputs, Tensor[] weights) -> Tensor[]");
+  m.def("run_package(str package, Tensor[] inputs, Tensor[] weights, Tensor(a!)[] written) -> Tensor[]");
 }
 TORCH_LIBRARY_IMPL(reprise, CPU, m) { m.impl("run_package", run_package); }
 TORCH_LIBRARY_IMPL(reprise, CUDA, m) { m.impl("run_package", run_package); }
@@ -98,17 +99,19 @@ std::optional<size_t> arguments_of(const std::vector<std::string>& call_spec) {
 
 }  // namespace
 
-CompiledPackage::CompiledPackage(const std::string& path, const std::string& name)
-    : path_(path), device_(c10::kCPU) {
+CompiledPackage::CompiledPackage(Pt2Archive& archive, const std::string& name)
+    : path_(archive.path()), device_(c10::kCPU) {
   try {
-    const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, name);
+    const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path_, name);
     device_ = device_of(metadata);
     inputs_ = inputs_in(metadata);
+    stored_ = archive.weights(name);
+    described_ = weights_in(metadata).value_or(PackagedWeights{stored_.empty(), {}});
     have_libtorch();
-    runner_ = load_package_runner(path, device_, name);
+    runner_ = load_package_runner(path_, device_, name);
   } catch (const std::exception& error) {
     const auto* known = dynamic_cast<const c10::Error*>(&error);
-    TORCH_CHECK(false, "reprise: the package '", path, "' cannot be loaded: ",
+    TORCH_CHECK(false, "reprise: the package '", path_, "' cannot be loaded: ",
                 known != nullptr ? known->what_without_backtrace() : error.what());
   }
   if (inputs_) {
@@ -118,7 +121,7 @@ CompiledPackage::CompiledPackage(const std::string& path, const std::string& nam
   }
   Packages& registry = packages();
   const std::lock_guard lock(registry.mutex);
-  key_ = path + "#" + std::to_string(registry.next++);
+  key_ = path_ + "#" + std::to_string(registry.next++);
   registry.all.emplace(key_, this);
 }
 
@@ -130,16 +133,34 @@ CompiledPackage::~CompiledPackage() {
 
 std::vector<detail::LoadedProgram::Weight> CompiledPackage::take_weights() {
   std::map<std::string, at::Tensor> sorted;
-  for (const auto& [name, tensor] : runner_->loader().get_runner()->extract_constants_map(/*use_inactive=*/false)) {
-    // They lie in the package, which stays as long as one of them.
-    sorted[name] = at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), [keep = runner_](void*) {},
-                                 tensor.options());
+  auto& loader = runner_->loader();
+  if (described_.in_program) {
+    for (const auto& [name, tensor] : loader.get_runner()->extract_constants_map(/*use_inactive=*/false)) {
+      // They lie in the package, which stays as long as one of them.
+      sorted[name] = at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), [keep = runner_](void*) {},
+                                   tensor.options());
+    }
+  } else {
+    for (const std::string& name : loader.get_constant_fqns()) {
+      const auto stored = stored_.find(name);
+      sorted[name] = stored == stored_.end() ? at::Tensor() : stored->second.to(device_);
+    }
+    stored_.clear();
   }
   std::vector<Weight> weights;
   for (auto& [name, tensor] : sorted) {
+    const PackagedWeight* about = described_.find(name);
+    TORCH_CHECK(about != nullptr || tensor.defined(), "reprise: the package '", path_, "' has no values for '", name,
+                "', and does not say what it is");
     weight_names_.push_back(name);
-    bound_.push_back(tensor.detach());  // which stays when the module gets another
-    weights.push_back({name, std::move(tensor), c10::isFloatingType(bound_.back().scalar_type())});
+    written_.push_back(about != nullptr && about->written);
+    // As the program reads it: what the module gets in its place is compared with this.
+    bound_.push_back(described_.in_program ? tensor.detach()
+                     : about != nullptr
+                         ? at::empty_strided(about->sizes, about->strides, at::device(c10::kMeta).dtype(about->dtype))
+                         : at::empty_like(tensor, at::device(c10::kMeta)));
+    const bool is_parameter = about != nullptr ? about->is_parameter : c10::isFloatingType(bound_.back().scalar_type());
+    weights.push_back({name, std::move(tensor), is_parameter});
   }
   return weights;
 }
@@ -154,17 +175,24 @@ std::vector<at::Tensor> CompiledPackage::run(const std::vector<at::Tensor>& weig
   }
   const bool lazy_weights = any_lazy(weights);
   if (!lazy_weights) bind(weights);
-  if (inputs.empty() && !lazy_weights) return run_here({}, {});
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("reprise::run_package", "")
-                             .typed<std::vector<at::Tensor>(c10::string_view, at::TensorList, at::TensorList)>();
-  return op.call(key_, inputs, lazy_weights ? at::TensorList(weights) : at::TensorList());
+  if (inputs.empty() && !lazy_weights) return run_here({}, {}, {});
+  std::vector<at::Tensor> read, written;
+  if (lazy_weights) {
+    for (size_t k = 0; k < weights.size(); ++k) (written_[k] ? written : read).push_back(weights[k]);
+  }
+  // It computes its own gradients, if any.
+  const c10::AutoGradMode grad(c10::GradMode::is_enabled() && !writes());
+  using Run = std::vector<at::Tensor>(c10::string_view, at::TensorList, at::TensorList, at::TensorList);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("reprise::run_package", "").typed<Run>();
+  return op.call(key_, inputs, read, written);
 }
 
 void CompiledPackage::bind(const std::vector<at::Tensor>& weights) {
   const auto bound = [&] {
-    return std::equal(weights.begin(), weights.end(), bound_.begin(), bound_.end(),
-                      [](const at::Tensor& a, const at::Tensor& b) { return a.data_ptr() == b.data_ptr(); });
+    return std::equal(weights.begin(), weights.end(), bound_.begin(), bound_.end(), [](const at::Tensor& a, const at::Tensor& b) {
+      return !b.is_meta() && a.data_ptr() == b.data_ptr();
+    });
   };
   {
     const std::shared_lock lock(mutex_);
@@ -182,6 +210,8 @@ void CompiledPackage::bind(const std::vector<at::Tensor>& weights) {
     TORCH_CHECK_VALUE(weight.sizes() == before.sizes() && weight.scalar_type() == before.scalar_type(), "reprise: '",
                       weight_names_[k], "' of '", path_, "': ", before.scalar_type(), before.sizes(),
                       " expected, and ", weight.scalar_type(), weight.sizes(), " came");
+    TORCH_CHECK(!written_[k] || weight.strides() == before.strides(), "reprise: '", weight_names_[k], "' of '", path_,
+                "' is written by the program, and has other strides than there");
     // As the package's code reads them.
     kept.push_back(weight.strides() == before.strides()
                        ? weight.detach()
@@ -193,13 +223,18 @@ void CompiledPackage::bind(const std::vector<at::Tensor>& weights) {
 }
 
 std::vector<at::Tensor> CompiledPackage::run_here(const std::vector<at::Tensor>& inputs,
-                                                  const std::vector<at::Tensor>& weights) {
+                                                  at::TensorList read, at::TensorList written) {
   const c10::AutoGradMode no_grad(false);
   for (size_t k = 0; k < inputs.size(); ++k) {
     TORCH_CHECK(inputs[k].device().type() == device_.type(), "reprise: input ", k, " of '", path_, "' lies on ",
                 inputs[k].device(), ", and the package was compiled for ", device_.type());
   }
-  if (!weights.empty()) bind(weights);
+  if (!read.empty() || !written.empty()) {
+    std::vector<at::Tensor> weights;
+    size_t next_read = 0, next_written = 0;
+    for (const bool is_written : written_) weights.push_back(is_written ? written[next_written++] : read[next_read++]);
+    bind(weights);
+  }
   const std::shared_lock lock(mutex_);
   return runner_->run(std::vector<at::Tensor>(inputs));
 }

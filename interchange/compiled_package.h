@@ -2,12 +2,15 @@
 /// An AOTInductor package as a module's program.
 #pragma once
 
+#include <algorithm>
+#include <map>
 #include <memory>
 #include <shared_mutex>
 
 #include "compiler_bridge/package_runner.h"
 #include "interchange/loaded_program.h"
-#include "interchange/program_inputs.h"
+#include "interchange/package_metadata.h"
+#include "interchange/pt2_archive.h"
 
 namespace reprise {
 
@@ -16,7 +19,7 @@ namespace reprise {
 class CompiledPackage final : public detail::LoadedProgram {
  public:
   /// Throws c10::Error, which names the file.
-  CompiledPackage(const std::string& path, const std::string& name);
+  CompiledPackage(Pt2Archive& archive, const std::string& name);
   ~CompiledPackage() override;
 
   std::vector<Weight> take_weights() override;
@@ -24,11 +27,14 @@ class CompiledPackage final : public detail::LoadedProgram {
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& inputs,
                               std::optional<bool> training) override;
 
-  /// On its own device. `weights` may be empty: those that it has.
-  std::vector<at::Tensor> run_here(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& weights);
+  /// On its own device. With neither weights those that it has; else `read` are those that it
+  /// only reads, and `written` the others.
+  std::vector<at::Tensor> run_here(const std::vector<at::Tensor>& inputs, at::TensorList read,
+                                   at::TensorList written);
 
  private:
   void bind(const std::vector<at::Tensor>& weights);
+  bool writes() const { return std::find(written_.begin(), written_.end(), true) != written_.end(); }
 
   const std::string path_;
   c10::Device device_;
@@ -36,7 +42,10 @@ class CompiledPackage final : public detail::LoadedProgram {
   std::shared_ptr<PackageRunner> runner_;
   std::optional<ProgramInputs> inputs_;
   std::vector<std::string> input_names_;
+  PackagedWeights described_;  ///< its weights, as far as the file says
+  std::map<std::string, at::Tensor> stored_;  ///< beside it, until they are taken
   std::vector<std::string> weight_names_;
+  std::vector<bool> written_;  ///< by a call, by weight
   std::shared_mutex mutex_;
   std::vector<at::Tensor> bound_;  ///< by `mutex_`
 };

@@ -1,6 +1,7 @@
 /// \file
 /// The functions of reprise/package.h.
 #include <algorithm>
+#include <map>
 
 #include "interchange/compiled_package.h"
 #include "interchange/exported_program.h"
@@ -33,9 +34,23 @@ std::string listed(const std::vector<std::string>& names) {
 
 }  // namespace
 
-LoadedModule::LoadedModule(std::unique_ptr<detail::LoadedProgram> program)
+LoadedModule::LoadedModule(std::unique_ptr<detail::LoadedProgram> program, const torch::nn::Module* weights_of)
     : torch::nn::Module("LoadedModule"), program_(std::move(program)) {
-  for (detail::LoadedProgram::Weight& weight : program_->take_weights()) {
+  std::map<std::string, at::Tensor> given;
+  if (weights_of != nullptr) {
+    for (const auto& each : weights_of->named_parameters()) given.emplace(each.key(), each.value());
+    for (const auto& each : weights_of->named_buffers()) given.emplace(each.key(), each.value());
+  }
+  std::vector<detail::LoadedProgram::Weight> all = program_->take_weights();
+  std::vector<std::string> missing;
+  for (detail::LoadedProgram::Weight& weight : all) {
+    if (const auto found = given.find(weight.name); found != given.end()) weight.tensor = found->second;
+    if (!weight.tensor.defined()) missing.push_back(weight.name);
+  }
+  TORCH_CHECK_VALUE(missing.empty(), "reprise: the file has no values for ", listed(missing), ", and ",
+                    weights_of == nullptr ? "LoadOptions::weights_of names no module that does"
+                                          : "the module of LoadOptions::weights_of has not either");
+  for (detail::LoadedProgram::Weight& weight : all) {
     const bool again = std::any_of(weights_.begin(), weights_.end(),
                                    [&](const at::Tensor& tensor) { return tensor.is_same(weight.tensor); });
     weights_.push_back(weight.tensor);
@@ -82,8 +97,13 @@ std::shared_ptr<LoadedModule> load_package(const std::string& path, const LoadOp
     return std::find(names.begin(), names.end(), name) != names.end();
   };
   TORCH_CHECK_VALUE(has(all), "reprise: '", path, "' has no program '", name, "', but ", listed(all));
-  if (has(exported)) return std::make_shared<LoadedModule>(std::make_unique<ExportedProgram>(archive, name));
-  return std::make_shared<LoadedModule>(std::make_unique<CompiledPackage>(path, name));
+  std::unique_ptr<detail::LoadedProgram> program;
+  if (has(exported)) {
+    program = std::make_unique<ExportedProgram>(archive, name);
+  } else {
+    program = std::make_unique<CompiledPackage>(archive, name);
+  }
+  return std::make_shared<LoadedModule>(std::move(program), options.weights_of.get());
 }
 
 }  // namespace reprise

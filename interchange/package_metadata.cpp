@@ -1,10 +1,50 @@
 #include "interchange/package_metadata.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 namespace reprise {
 
 using Json = nlohmann::json;
+
+namespace {
+
+c10::ScalarType dtype_called(const std::string& name) {
+  for (int k = 0; k < static_cast<int>(c10::ScalarType::NumOptions); ++k) {
+    if (name == c10::toString(static_cast<c10::ScalarType>(k))) return static_cast<c10::ScalarType>(k);
+  }
+  TORCH_CHECK(false, "reprise: no dtype is called ", name);
+}
+
+}  // namespace
+
+const PackagedWeight* PackagedWeights::find(const std::string& name) const {
+  const auto found = std::find_if(all.begin(), all.end(), [&](const auto& each) { return each.name == name; });
+  return found == all.end() ? nullptr : &*found;
+}
+
+std::string text_of(const PackagedWeights& weights) {
+  Json out = {{"in_program", weights.in_program}, {"weights", Json::array()}};
+  for (const PackagedWeight& weight : weights.all) {
+    out["weights"].push_back({{"name", weight.name}, {"dtype", c10::toString(weight.dtype)}, {"sizes", weight.sizes},
+                              {"strides", weight.strides}, {"parameter", weight.is_parameter},
+                              {"written", weight.written}});
+  }
+  return out.dump();
+}
+
+std::optional<PackagedWeights> weights_in(const std::unordered_map<std::string, std::string>& metadata) {
+  const auto found = metadata.find(kWeightsKey);
+  if (found == metadata.end()) return std::nullopt;
+  const Json json = Json::parse(found->second);
+  PackagedWeights out{json.at("in_program").get<bool>(), {}};
+  for (const Json& each : json.at("weights")) {
+    out.all.push_back({each.at("name").get<std::string>(), dtype_called(each.at("dtype").get<std::string>()),
+                       each.at("sizes").get<std::vector<int64_t>>(), each.at("strides").get<std::vector<int64_t>>(),
+                       each.at("parameter").get<bool>(), each.at("written").get<bool>()});
+  }
+  return out;
+}
 
 std::string text_of(const ProgramInputs& inputs) {
   Json out = {{"inputs", Json::array()}, {"symbols", Json::array()}};
@@ -27,10 +67,7 @@ std::optional<ProgramInputs> inputs_in(const std::unordered_map<std::string, std
   for (const Json& each : json.at("inputs")) {
     ProgramInputs::Input& input = out.inputs.emplace_back();
     input.name = each.at("name").get<std::string>();
-    for (int dtype = 0; dtype < static_cast<int>(c10::ScalarType::NumOptions); ++dtype) {
-      const auto candidate = static_cast<c10::ScalarType>(dtype);
-      if (each.at("dtype") == c10::toString(candidate)) input.dtype = candidate;
-    }
+    input.dtype = dtype_called(each.at("dtype").get<std::string>());
     for (const Json& size : each.at("sizes")) {
       input.sizes.push_back(size.is_null() ? std::nullopt
                                            : std::optional(Expression::parse(size.get<std::string>())));

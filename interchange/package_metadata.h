@@ -13,6 +13,27 @@ namespace reprise {
 /// The member of the metadata that holds it, as JSON text.
 inline constexpr const char* kInputsKey = "reprise_inputs";
 
+/// A tensor that a program uses beside its arguments.
+struct PackagedWeight {
+  std::string name;
+  c10::ScalarType dtype = c10::ScalarType::Undefined;
+  std::vector<int64_t> sizes, strides;
+  bool is_parameter = false;
+  bool written = false;  ///< by each call
+};
+struct PackagedWeights {
+  bool in_program = true;  ///< with their values
+  std::vector<PackagedWeight> all;
+
+  /// Null for one that is not described.
+  const PackagedWeight* find(const std::string& name) const;
+};
+inline constexpr const char* kWeightsKey = "reprise_weights";
+
+std::string text_of(const PackagedWeights& weights);
+/// Nothing where somebody else made the package.
+std::optional<PackagedWeights> weights_in(const std::unordered_map<std::string, std::string>& metadata);
+
 std::string text_of(const ProgramInputs& inputs);
 /// Nothing where somebody else made the package.
 std::optional<ProgramInputs> inputs_in(const std::unordered_map<std::string, std::string>& metadata);

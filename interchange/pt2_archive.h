@@ -8,8 +8,10 @@
 #include <ATen/core/Tensor.h>
 #include <caffe2/serialize/inline_container.h>
 
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace reprise {
@@ -30,6 +32,10 @@ class Pt2Archive {
   std::string text(const std::string& record);
   c10::Storage storage(const std::string& record);
 
+  /// Weights of a package that lie beside it, by name; empty where none do. As Python writes
+  /// them with `package_constants_on_disk_format="pickle_weights"`.
+  std::map<std::string, at::Tensor> weights(const std::string& package);
+
  private:
   std::string path_;
   std::unique_ptr<caffe2::serialize::PyTorchStreamReader> reader_;
@@ -38,6 +44,8 @@ class Pt2Archive {
 
 /// Writes an archive, whole or not at all: the compiled program in `program`, which is called
 /// `entry` from then on, and what is in `others`, which may be null, but for one of that name.
-void write_package(const std::string& path, Pt2Archive* others, Pt2Archive& program, const std::string& entry);
+/// Beside the program lie `weights`, each once where the same values are there already.
+void write_package(const std::string& path, Pt2Archive* others, Pt2Archive& program, const std::string& entry,
+                   const std::vector<std::pair<std::string, at::Tensor>>& weights);
 
 }  // namespace reprise

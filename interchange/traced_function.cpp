@@ -159,7 +159,7 @@ std::string text_of(const std::vector<MarkedSize>& marks) {
   return out;
 }
 
-std::vector<TracedFunction::Weight> TracedFunction::weights(const detail::NamedTensors& named) const {
+std::vector<TracedFunction::Weight> TracedFunction::weights(const NamedTensors& named) const {
   std::vector<Weight> weights;
   for (size_t input = 0; input < program->inputs.size(); ++input) {
     const auto number = static_cast<int64_t>(input);
@@ -167,11 +167,13 @@ std::vector<TracedFunction::Weight> TracedFunction::weights(const detail::NamedT
     const ProgramInput& each = program->inputs[input];
     TORCH_CHECK(each.kind == ProgramInput::Kind::kSlot, "reprise: a number in the exported function changes");
     const auto& storage = run.inputs[each.index];
-    Weight weight{number, "weight_" + std::to_string(input), backing_tensor(storage->backing(), each.geometry), false};
+    Weight weight{number, "weight_" + std::to_string(input), backing_tensor(storage->backing(), each.geometry), false,
+                  false};
     for (const auto& [name, tensor] : named) {
       if (is_lazy(tensor) && lazy_storage(tensor) == storage.get() &&
           Geometry(*tensor.unsafeGetTensorImpl()) == each.geometry) {
         weight.name = name;
+        weight.is_parameter = tensor.requires_grad();
         break;
       }
     }
@@ -179,21 +181,31 @@ std::vector<TracedFunction::Weight> TracedFunction::weights(const detail::NamedT
       const auto& written = step->written;
       weight.written = weight.written || std::find(written.begin(), written.end(), each.index) != written.end();
     }
+    for (const ProgramInput& other : program->inputs) {
+      TORCH_CHECK(!weight.written || &other == &each || other.kind != ProgramInput::Kind::kSlot ||
+                      other.index != each.index,
+                  "reprise: a tensor that the exported function writes is used through two views");
+    }
     weights.push_back(std::move(weight));
   }
   return weights;
 }
 
-TracedFunction trace_function(const std::string& what, const std::vector<at::Tensor>& arguments,
-                              FunctionBody body, WritesWeights writes) {
+namespace {
+
+void expect_lazy(const std::string& what, const std::vector<at::Tensor>& arguments) {
   for (size_t k = 0; k < arguments.size(); ++k) {
     TORCH_CHECK(is_lazy(arguments[k]), what, ": argument ", k, " of the example is no lazy tensor; move it, and "
                 "the module, with .to(torch::kLazy)");
   }
   TORCH_CHECK(!Session::current().in_function(), what, " within a compiled function");
-  TracedFunction traced = trace_once(what, arguments, body, writes);
+}
+
+/// What was traced once, over symbols where sizes are marked.
+void generalise(const std::string& what, TracedFunction& traced, const std::vector<at::Tensor>& arguments,
+                FunctionBody body, WritesWeights writes) {
   traced.marks = marks_of(arguments);
-  if (traced.marks.empty()) return traced;
+  if (traced.marks.empty()) return;
   // At other sizes it writes what it writes once more.
   Session::current().mark_step("an example has run");
   std::vector<std::pair<at::Tensor, at::Tensor>> written;
@@ -203,7 +215,41 @@ TracedFunction trace_function(const std::string& what, const std::vector<at::Ten
   traced.trace = over_symbols(what, traced, arguments, body, writes);
   Session::current().mark_step("examples of other sizes have run");
   for (const auto& [tensor, before] : written) tensor.copy_(before);
+}
+
+}  // namespace
+
+TracedFunction trace_function(const std::string& what, const std::vector<at::Tensor>& arguments,
+                              FunctionBody body, WritesWeights writes) {
+  expect_lazy(what, arguments);
+  TracedFunction traced = trace_once(what, arguments, body, writes);
+  generalise(what, traced, arguments, body, writes);
   return traced;
+}
+
+TracedStep trace_training_step(const std::string& what, const std::vector<at::Tensor>& arguments,
+                               FunctionBody body) {
+  // The first call makes an optimizer's state, and may find gradients.
+  constexpr int kMostRuns = 4;
+  expect_lazy(what, arguments);
+  TracedFunction last = trace_once(what, arguments, body, WritesWeights::kYes);
+  for (int runs = 1; runs < kMostRuns; ++runs) {
+    Session::current().mark_step("a training step has run");
+    TracedStep step;
+    for (const TracedFunction::Weight& weight : last.weights({})) {
+      step.before.push_back(weight.written ? weight.tensor.clone() : at::Tensor());
+    }
+    step.traced = trace_once(what, arguments, body, WritesWeights::kYes);
+    if (step.traced.trace == last.trace) {
+      TORCH_CHECK(step.traced.run.inputs == last.run.inputs, what, ": the function uses a tensor that is another in "
+                  "each call and no argument");
+      generalise(what, step.traced, arguments, body, WritesWeights::kYes);
+      return step;
+    }
+    last = std::move(step.traced);
+  }
+  TORCH_CHECK(false, what, ": the function does not do the same in each call; does a number in it change, a learning "
+              "rate or Adam's bias correction?");
 }
 
 }  // namespace reprise

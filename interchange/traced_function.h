@@ -37,8 +37,9 @@ struct TracedFunction {
     std::string name;  ///< what the module calls it, or `weight_` and the input
     at::Tensor tensor; ///< of the backing device; not a copy
     bool written;
+    bool is_parameter;  ///< what has the name requires a gradient
   };
-  std::vector<Weight> weights(const detail::NamedTensors& named) const;
+  std::vector<Weight> weights(const NamedTensors& named) const;
 };
 
 /// Whether a function may write tensors that are no arguments of it.
@@ -48,6 +49,19 @@ enum class WritesWeights : bool { kNo, kYes };
 /// which begins with `what`, for what cannot be written to a file: see reprise/export.h.
 TracedFunction trace_function(const std::string& what, const std::vector<at::Tensor>& arguments,
                               FunctionBody body, WritesWeights writes);
+
+/// A training step, which writes weights.
+struct TracedStep {
+  TracedFunction traced;
+  /// Of each weight that is written (in the order of `TracedFunction::weights`), the values
+  /// that it had before the run that was traced; an undefined tensor for the others.
+  std::vector<at::Tensor> before;
+};
+
+/// As `trace_function`, of a function that does the same from its second or third call on.
+/// Throws c10::Error where it does not.
+TracedStep trace_training_step(const std::string& what, const std::vector<at::Tensor>& arguments,
+                               FunctionBody body);
 
 /// In words: `batch, length (2 to 64)`.
 std::string text_of(const std::vector<MarkedSize>& marks);

@@ -112,6 +112,50 @@ TEST_F(Exports, RunInStockPython) {
   EXPECT_EQ(std::system((std::string(python) + " -c \"" + script + "\"").c_str()), 0);
 }
 
+TEST_F(Exports, AProgramOfTorchExportTrainsAnywhere) {
+  torch::manual_seed(1);
+  torch::nn::Sequential net(torch::nn::Linear(6, 16), torch::nn::LayerNorm(torch::nn::LayerNormOptions({16})),
+                            torch::nn::GELU(), torch::nn::Linear(16, 3));
+  const auto x = torch::randn({5, 6}), y = torch::randn({5, 3});
+  const auto train = [&](auto& module, torch::Device device) {
+    torch::optim::SGD optimizer(module.parameters(), 0.1);
+    std::vector<torch::Tensor> losses;
+    for (int step = 0; step < 5; ++step) {
+      optimizer.zero_grad();
+      const auto loss = torch::mse_loss(module.forward(x.to(device)), y.to(device));
+      loss.backward();
+      optimizer.step();
+      losses.push_back(loss.detach().cpu());
+    }
+    return losses;
+  };
+  net->to(torch::kLazy);
+  auto example = x.to(torch::kLazy);
+  mark_dynamic(example, 0, {.name = "rows", .most = 64});
+  export_program(net, std::tuple(example), path("program.pt2"), {"the input"});
+  const auto losses = train(*net, torch::kLazy);
+  for (const torch::Device device : {eager_device(), torch::Device(torch::kLazy)}) {
+    SCOPED_TRACE(device);
+    const auto program = load_package(path("program.pt2"));
+    EXPECT_EQ(program->parameters().size(), net->parameters().size());
+    EXPECT_TRUE(program->named_parameters().contains("1.weight"));
+    program->to(device);
+    EXPECT_EQ(program->forward(torch::randn({9, 6}).to(device)).sizes(), torch::IntArrayRef({9, 3}));
+    expect_error<c10::ValueError>([&] { program->forward(torch::randn({65, 6}).to(device)); }, "dimension 0");
+    const auto own = train(*program, device);
+    for (size_t k = 0; k < losses.size(); ++k) expect_close(own[k], losses[k], 100);
+  }
+  const char* python = std::getenv("REPRISE_TEST_PYTHON");
+  if (python == nullptr || !eager_device().is_cpu()) return;
+  const std::string script =
+      "import torch\n"
+      "program = torch.export.load('" + path("program.pt2") + "')\n"
+      "assert dict(program.named_parameters()).keys() >= {'0.weight', '1.bias'}\n"
+      "assert program.graph_signature.user_inputs == ('the_input',), program.graph_signature.user_inputs\n"
+      "assert program.module()(torch.ones(7, 6))[0].shape == (7, 3)\n";
+  EXPECT_EQ(std::system((std::string(python) + " -c \"" + script + "\"").c_str()), 0);
+}
+
 TEST_F(Exports, ForAGpuThatIsNotThere) {
   if (!c10::impl::hasDeviceGuardImpl(c10::kCUDA)) GTEST_SKIP() << "torch was built without CUDA, and brings no Triton";
   torch::manual_seed(0);

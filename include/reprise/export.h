@@ -21,6 +21,29 @@ struct CompileTarget {
   std::string architecture = "";
 };
 
+/// Tensors by their names.
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+/// Parameters and buffers of a module (`*holder`), with the names that it gives them.
+template <class Module>
+NamedTensors named_tensors(const Module& module) {
+  NamedTensors named;
+  for (const auto& each : module.named_parameters()) named.emplace_back(each.key(), each.value());
+  for (const auto& each : module.named_buffers()) named.emplace_back(each.key(), each.value());
+  return named;
+}
+
+/// Where the weights of a package are.
+enum class Weights : uint8_t {
+  kInProgram,  ///< in the program's own library: any libtorch runs it as it is
+  /// In the file, once for all of its programs that use the same values. `load_package` reads
+  /// them, and Python's `load_pt2(path, load_weights_from_disk=True)`.
+  kInFile,
+  /// Nowhere: `LoadOptions::weights_of` gives them, or `load_constants` of
+  /// `AOTIModelPackageLoader`.
+  kNotStored,
+};
+
 struct ExportOptions {
   /// Names of the tensors among the arguments, in order; written into the package's metadata
   /// and used in messages. Empty: `input_0` and so on.
@@ -32,8 +55,18 @@ struct ExportOptions {
   /// `AOTIModelPackageLoader` and of Python's `torch._inductor.package.load_package`.
   std::string entry = "model";
   /// Adds the program to those in a file that is there, in place of one of the same name:
-  /// `prefill` and `decode` of a language model, say. Each has weights of its own.
+  /// `prefill` and `decode` of a language model, say.
   bool add_to_file = false;
+  Weights weights = Weights::kInProgram;
+  /// Names of tensors that the function uses beside its arguments; needless for those of a
+  /// module that is exported itself. What has no name is called `weight_` and a number.
+  NamedTensors weight_names = {};
+  /// The function may write tensors that are no arguments: parameters and an optimizer's
+  /// state, statistics of batch norm. The package writes its weights then, in place. Grad mode
+  /// is on, and the function runs until it has done the same twice in a row, that is two or
+  /// three times, and trains so often. An optimizer whose numbers change with each step (Adam's
+  /// bias correction, a schedule) cannot be exported.
+  bool training_step = false;
 };
 
 namespace detail {
@@ -68,17 +101,6 @@ struct Replace {
   template <class T>
   void in(T&) {}
 };
-
-/// Tensors of a module, by the names that it gives them.
-using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
-
-template <class Module>
-NamedTensors named_tensors(const Module& module) {
-  NamedTensors named;
-  for (const auto& each : module.named_parameters()) named.emplace_back(each.key(), each.value());
-  for (const auto& each : module.named_buffers()) named.emplace_back(each.key(), each.value());
-  return named;
-}
 
 template <class F>
 NamedTensors names_of(const F& function) {
@@ -117,6 +139,11 @@ REPRISE_API void export_function(Pack&& arguments,
                                  c10::function_ref<Pack(const std::vector<at::Tensor>&)> body,
                                  const NamedTensors& named, const std::string& path,
                                  const ExportOptions& options);
+REPRISE_API void export_program(Pack&& arguments,
+                                c10::function_ref<Pack(const std::vector<at::Tensor>&)> body,
+                                const NamedTensors& named, const std::string& path,
+                                const std::vector<std::string>& input_names,
+                                const NamedTensors& weight_names);
 
 }  // namespace detail
 
@@ -138,9 +165,10 @@ REPRISE_API void export_function(Pack&& arguments,
 ///
 /// Blocks for the seconds that the compile takes, then runs the package on the example
 /// arguments. Throws a c10::Error where the function reads a value in the middle, writes a
-/// tensor that is no argument, returns what it has not made, draws random numbers, or needs
-/// fixed what was marked; where nothing can be compiled; and where the package gives other
-/// values than the function did. Grad mode is off while the function runs.
+/// tensor that is no argument (but see `options.training_step`), returns what it has not made,
+/// draws random numbers, or needs fixed what was marked; where nothing can be compiled; and
+/// where the package gives other values than the function did. Grad mode is off while the
+/// function runs, but for a training step.
 template <class F, class... Args>
 void export_package(F function, const std::tuple<Args...>& example, const std::string& path,
                     const ExportOptions& options = {}) {
@@ -148,6 +176,21 @@ void export_package(F function, const std::tuple<Args...>& example, const std::s
   arguments.add(example);
   detail::export_function(std::move(arguments), detail::on_other_tensors(function, example),
                           detail::names_of(function), path, options);
+}
+
+/// As `export_package`, but writes what the function did as a program of Python's
+/// torch.export, not compiled: for `torch.export.load` and what builds on it, and for
+/// `load_package`, which runs and trains it on every device. A module's parameters stay
+/// parameters, and results are a tuple, also where there is one. `input_names` and
+/// `weight_names`: as in `ExportOptions`. Throws as `export_package`.
+template <class F, class... Args>
+void export_program(F function, const std::tuple<Args...>& example, const std::string& path,
+                    const std::vector<std::string>& input_names = {},
+                    const NamedTensors& weight_names = {}) {
+  detail::Pack arguments;
+  arguments.add(example);
+  detail::export_program(std::move(arguments), detail::on_other_tensors(function, example),
+                         detail::names_of(function), path, input_names, weight_names);
 }
 
 }  // namespace reprise

@@ -30,7 +30,8 @@ class LoadedProgram;
 /// threads at once, as to any module.
 class REPRISE_API LoadedModule : public torch::nn::Module {
  public:
-  explicit LoadedModule(std::unique_ptr<detail::LoadedProgram> program);
+  /// `weights_of`: see `LoadOptions`; may be null.
+  LoadedModule(std::unique_ptr<detail::LoadedProgram> program, const torch::nn::Module* weights_of);
   ~LoadedModule() override;
 
   /// Of one tensor, the first result: for `torch::nn::Sequential` and `torch::nn::AnyModule`.
@@ -62,6 +63,10 @@ class REPRISE_API LoadedModule : public torch::nn::Module {
 struct LoadOptions {
   /// Which program of a file that has several; empty: the only one.
   std::string entry = "";
+  /// Its parameters and buffers are used in place of the file's of the same names, as the
+  /// tensors that they are: what one module writes, the other sees. The programs of one file
+  /// share their weights so, and one without weights gets them.
+  std::shared_ptr<torch::nn::Module> weights_of = nullptr;
 };
 
 /// Reads a `.pt2` file:
@@ -72,8 +77,12 @@ struct LoadOptions {
 ///   `torch._inductor.aoti_compile_and_package`. It runs on the device that it was compiled
 ///   for, on lazy tensors too, and gives no gradients.
 ///
+/// A package of a training step (`ExportOptions::training_step`) writes its parameters and
+/// buffers in each call; calls may not overlap then.
+///
 /// Throws c10::Error, which names the file, where it is missing, damaged, of another kind or
-/// version, made for a device that is not there, or has ops that are not registered.
+/// version, made for a device that is not there, or has ops that are not registered; c10::ValueError
+/// where weights have values neither in the file nor in `weights_of`.
 REPRISE_API std::shared_ptr<LoadedModule> load_package(const std::string& path,
                                                        const LoadOptions& options = {});
 

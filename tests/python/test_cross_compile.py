@@ -127,8 +127,8 @@ class CrossCompile(unittest.TestCase):
 
         trace = {
             "format": 1, "device": "cpu", "inputs": [tensor(4, 8), *(tensor(*w.shape) for w in weights)],
-            "export": {"arguments": [0], "weights": str(self.folder / "weights.pt"),
-                       "names": ["first.weight", "second.0.weight", "bias", "scale"], "metadata": {}},
+            "export": {"format": "package", "arguments": [0], "inputs": ["x"], "weights": str(self.folder / "weights.pt"),
+                       "names": ["first.weight", "second.0.weight", "bias", "scale"], "in_program": True, "parameters": [True, True, True, False], "metadata": {}},
             "steps": [
                 step("aten::mm", "", [{"value": 0}, {"value": 1}], 5),
                 step("aten::mm", "", [{"value": 5}, {"value": 2}], 6),

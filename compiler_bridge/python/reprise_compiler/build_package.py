@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -70,17 +72,47 @@ def options_for(program: TraceProgram) -> dict[str, Any]:
     0.59) and cost in training (0.89 against 0.75), where batch norm's and the
     weights' gradients go back and forth between layouts.
     """
+    weights = export_options(program.export) if program.export is not None else {}
     if program.device.type != "cpu":
         return {
             "triton.autotune_at_compile_time": True,
             # Decides by running both on the GPU.
             "shape_padding": False,
-            # Values of weights that are only claimed to be there cannot be read.
-            "always_keep_tensor_constants": program.target is not None,
+            **weights,
         }
     backward = torch.ops.aten.convolution_backward.default
     trains = any(node.target is backward for node in program.module.graph.nodes)
-    return {"layout_optimization": not trains}
+    return {"layout_optimization": not trains, **weights}
+
+
+def save_exported_program(program: TraceProgram, path: str) -> None:
+    """The program of a trace that is exported, as `torch.export.save` writes it."""
+
+    def dimension(size: int | str) -> Any:
+        symbol = re.fullmatch(r"s(\d+)", size) if isinstance(size, str) else None
+        if symbol is None:
+            return torch.export.Dim.AUTO if isinstance(size, str) else None
+        least, most = program.export["ranges"][int(symbol[1])]
+        return torch.export.Dim.AUTO(
+            min=least if least > 1 else None, max=most if most < sys.maxsize else None
+        )
+
+    exported = torch.export.export(
+        program.module,
+        program.make_inputs(program.hints),
+        dynamic_shapes=tuple(tuple(dimension(s) for s in spec["sizes"]) for spec in program.inputs),
+    )
+    torch.export.save(exported, path)
+
+
+def export_options(export: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "aot_inductor.metadata": export["metadata"],
+        "aot_inductor.package_constants_in_so": export["in_program"],
+        # Small ones would become literals: they can be replaced when the package has been
+        # loaded, are written by a training step, and those for another device are not there.
+        "always_keep_tensor_constants": True,
+    }
 
 
 def _for_device(program: TraceProgram) -> contextlib.AbstractContextManager[None]:
@@ -158,9 +190,15 @@ class PackageBuilder:
         """
         report: dict[str, Any] = {}
         clock = _Clock(report)
+        program = read_trace(trace_json)
+        clock.lap("read_s")
+        if program.export is not None and program.export["format"] == "torch.export":
+            with _quiet_logs(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                save_exported_program(program, output_path)
+            clock.lap("export_s")
+            return report
         with self._compiling(), self._scratch() as scratch:
-            program = read_trace(trace_json)
-            clock.lap("read_s")
             _set_call_spec(program)
             symbols = Symbols(program.hints) if program.hints else None
             with _for_device(program):
@@ -171,7 +209,6 @@ class PackageBuilder:
                         **inductor_options(),
                         **options_for(program),
                         "aot_inductor.output_path": str(scratch),
-                        "aot_inductor.metadata": program.metadata,
                     },
                 )
             clock.lap("inductor_s")

@@ -38,7 +38,7 @@ from torch._inductor import (
 )
 from torch._export.serde import schema, serialize
 from torch._inductor.codegen import common, cpp, cpp_wrapper_cpu
-from torch._inductor.fx_passes import post_grad
+from torch._inductor.fx_passes import joint_graph, post_grad
 from torch._inductor.exc import CppCompileError
 from torch._inductor.virtualized import V
 from torch.utils import _traceback
@@ -95,6 +95,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield pattern_matcher._TargetArgsExpr, "_match", _match_scales_too
     yield scheduler.SchedulerNode, "recompute_size_and_body", _recompute_size_and_body
     yield scheduler.Scheduler, "fusable_weak_dep", _fusable_weak_dep
+    yield joint_graph.UniformValueConstantFolder, "_deduce_value", _deduce_value
     yield index_propagation.SymPyOps, "to_dtype", staticmethod(_to_dtype)
     yield lowering.lowerings, torch.ops.prims.rev.default, _rev
     yield lowering.lowerings, _pad, _constant_pad_nd
@@ -170,6 +171,16 @@ def _fusable_weak_dep(self, weak_dep, node1, node2):
         for read in node1.read_writes.reads
         if buffer_of.get(read.name) == buffer
     )
+
+
+_stock_deduce_value = joint_graph.UniformValueConstantFolder._deduce_value
+
+
+def _deduce_value(self, node):
+    """Takes no weight of one element for the number that it holds: it can be replaced, and
+    a training step counts in it.
+    """
+    return self.unknown_value if node.op == "get_attr" else _stock_deduce_value(self, node)
 
 
 _stock_to_dtype = index_propagation.SymPyOps.to_dtype

@@ -7,7 +7,9 @@ stay views. Taking mutation and aliasing out is AOTAutograd's work, later.
 from __future__ import annotations
 
 import json
+import keyword
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +38,7 @@ class TraceProgram:
     hints: list[int]  # an example value of each symbol
     numbers: int  # of the symbols, the last ones, that no size says
     output_count: int
-    metadata: dict[str, str]  # of a package that is exported
+    export: dict[str, Any] | None  # what the package holds, where it is for a file of the user's
 
     def make_inputs(self, symbols: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """The inputs where symbol k is `symbols[k]`, a number or a `SymInt`."""
@@ -71,7 +73,7 @@ def read_trace(trace_json: str) -> TraceProgram:
         hints=trace.get("symbols", []),
         numbers=trace.get("numbers", 0),
         output_count=len(trace["outputs"]),
-        metadata=export["metadata"] if export else {},
+        export=export,
     )
 
 
@@ -102,6 +104,16 @@ def example_input(spec: dict[str, Any], device: torch.device) -> torch.Tensor:
     dtype = torch_constant(spec["dtype"], torch.dtype)
     sizes, strides = spec["sizes"], spec["strides"]
     return torch.empty_strided(sizes, strides, dtype=dtype, device=device).zero_()
+
+
+def identifiers(names: Sequence[str]) -> list[str]:
+    """Names that Python can have for arguments, each another one."""
+    out: list[str] = []
+    for k, name in enumerate(names):
+        identifier = re.sub(r"\W|^(?=\d)", "_", name)
+        taken = keyword.iskeyword(identifier) or identifier in ("self", *out)
+        out.append(f"{identifier}_{k}" if taken else identifier)
+    return out
 
 
 def _is_dense(spec: dict[str, Any]) -> bool:
@@ -196,20 +208,25 @@ class _GraphBuilder:
                 self.values[k] = self.graph.placeholder(f"input_{k}")
             return
         # What is no argument is a weight, with the values that it has.
-        for k in export["arguments"]:
-            self.values[k] = self.graph.placeholder(f"input_{k}")
+        for k, name in zip(export["arguments"], identifiers(export["inputs"]), strict=True):
+            self.values[k] = self.graph.placeholder(name)
         weights = torch.load(export["weights"], weights_only=True)
         # Where there is no such device, they are moved when the package is loaded.
         device = "cpu" if "target" in self.trace else self.trace["device"]
         others = [k for k in range(len(self.trace["inputs"])) if k not in self.values]
-        for k, name, weight in zip(others, export["names"], weights, strict=True):
+        for k, name, weight, is_parameter in zip(
+            others, export["names"], weights, export["parameters"], strict=True
+        ):
             *modules, leaf = name.split(".")
             owner = self.root
             for module in modules:
                 if not hasattr(owner, module):
                     owner.add_module(module, torch.nn.Module())
                 owner = getattr(owner, module)
-            owner.register_buffer(leaf, weight.to(device))
+            if is_parameter and export["format"] == "torch.export":
+                owner.register_parameter(leaf, torch.nn.Parameter(weight.to(device)))
+            else:
+                owner.register_buffer(leaf, weight.to(device))
             self.values[k] = self.graph.get_attr(name)
 
     def build(self) -> Graph:
