@@ -160,7 +160,7 @@ std::vector<detail::LoadedProgram::Weight> CompiledPackage::take_weights() {
                          ? at::empty_strided(about->sizes, about->strides, at::device(c10::kMeta).dtype(about->dtype))
                          : at::empty_like(tensor, at::device(c10::kMeta)));
     const bool is_parameter = about != nullptr ? about->is_parameter : c10::isFloatingType(bound_.back().scalar_type());
-    weights.push_back({name, std::move(tensor), is_parameter});
+    weights.push_back({name, std::move(tensor), is_parameter, about == nullptr || about->named});
   }
   return weights;
 }

@@ -2,6 +2,7 @@
 /// The functions of reprise/export.h.
 #include <ATen/core/ivalue.h>
 #include <ATen/ops/allclose.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -9,7 +10,9 @@
 
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "compiler_bridge/compile_queue.h"
 #include "interchange/package_metadata.h"
@@ -55,10 +58,13 @@ ProgramInputs inputs_of(const TracedFunction& traced, const std::vector<at::Tens
   return out;
 }
 
+bool low_precision(const at::Tensor& tensor) {
+  return tensor.scalar_type() == c10::kHalf || tensor.scalar_type() == c10::kBFloat16;
+}
+
 void expect_close(const std::string& what, const at::Tensor& actual, const at::Tensor& expected) {
   const bool exact = !c10::isFloatingType(expected.scalar_type()) && !expected.is_complex();
-  const bool low = expected.scalar_type() == c10::kHalf || expected.scalar_type() == c10::kBFloat16;
-  const double tolerance = exact ? 0 : low ? 2e-2 : 1e-3;
+  const double tolerance = exact ? 0 : low_precision(expected) ? 2e-2 : 1e-3;
   TORCH_CHECK(actual.sizes() == expected.sizes() && actual.scalar_type() == expected.scalar_type() &&
                   at::allclose(actual, expected, tolerance, tolerance, /*equal_nan=*/true),
               "reprise: what was exported gives other values than the function did (", what, "); nothing was written");
@@ -93,47 +99,71 @@ void expect_same(const std::string& file, const std::vector<at::Tensor>& argumen
     if (weights[k].written) {
       given.emplace(weights[k].name, before[k]);
     } else if (!exported.packaged.in_program) {
-      given.emplace(weights[k].name, weights[k].tensor);
+      const PackagedWeight& as = exported.packaged.all[k];
+      const at::Tensor& tensor = weights[k].tensor;
+      given.emplace(as.name, tensor.strides() == as.strides
+                                 ? tensor
+                                 : at::empty_strided(as.sizes, as.strides, tensor.options()).copy_(tensor));
     }
   }
   if (!given.empty()) {
     loader.load_constants(given, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);
   }
+  std::vector<at::Tensor> old;
+  for (const at::Tensor& tensor : before) old.push_back(tensor.defined() ? tensor.clone() : at::Tensor());
   const std::vector<at::Tensor> outputs = loader.run(on_backing_device(arguments));
   for (size_t k = 0; k < outputs.size(); ++k) expect_close(c10::str("result ", k), outputs[k], unwrap(exported.step.traced.results[k]));
   for (size_t k = 0; k < weights.size(); ++k) {
     if (!weights[k].written) continue;
-    expect_close(c10::str("'", weights[k].name, "' afterwards"), before[k], weights[k].tensor);  // written by now
+    const std::string update = "the update of '" + weights[k].name + "'";
+    expect_close(update, before[k], weights[k].tensor);  // written by now
+    if (!before[k].is_floating_point()) continue;
+    // An update is small beside what it changes.
+    const at::Tensor wanted = (weights[k].tensor - old[k]).abs().max();
+    const at::Tensor error = (before[k] - weights[k].tensor).abs().max();
+    const double rounding = 8 * std::numeric_limits<float>::epsilon() * old[k].abs().max().item<double>();
+    const double unit = low_precision(old[k]) ? 0x1p-7 / std::numeric_limits<float>::epsilon() : 1;
+    TORCH_CHECK(!(error.item<double>() > 0.02 * wanted.item<double>() + unit * rounding),
+                "reprise: what was exported gives other values than the function did (", update, "); nothing was written");
   }
 }
 
-/// `format`: what Python is to write.
-Exported run_and_describe(const std::string& what, const std::string& format, const std::string& file,
+/// `format`: what Python is to write. `keeps_gradients`: what is written is to be
+/// differentiated.
+Exported run_and_describe(const std::string& what, const std::string& format, bool keeps_gradients, const std::string& file,
                           const std::vector<at::Tensor>& arguments, FunctionBody body, const NamedTensors& named,
                           const ExportOptions& options) {
   TORCH_CHECK_VALUE(file.ends_with(".pt2"), what, " to '", file, "': a package's name ends in .pt2");
   TORCH_CHECK_VALUE(options.input_names.empty() || options.input_names.size() == arguments.size(), what, ": ",
                     options.input_names.size(), " names for ", arguments.size(), " tensors");
   Exported out;
-  const c10::AutoGradMode grad(options.training_step);
+  const c10::AutoGradMode grad(options.training_step || keeps_gradients);
   out.step = options.training_step ? trace_training_step(what, arguments, body)
                                    : TracedStep{trace_function(what, arguments, body, WritesWeights::kNo), {}};
   const TracedFunction& traced = out.step.traced;
   const c10::AutoGradMode no_grad(false);
+  for (const StepPtr& step : traced.run.steps) {
+    if (!keeps_gradients) break;
+    // A trace has values; that one has two histories, or none, is not in it.
+    TORCH_CHECK(step->op.schema().name() != "aten::detach" && step->grad_mode == traced.run.steps.front()->grad_mode,
+                what, ": the function cuts a gradient (detach, NoGradGuard), which is not kept");
+  }
   NamedTensors all_names = options.weight_names;
   all_names.insert(all_names.end(), named.begin(), named.end());
   out.weights = traced.weights(all_names);
   out.packaged.in_program = options.weights == Weights::kInProgram;
   nlohmann::json weight_names = nlohmann::json::array(), parameters = weight_names;
   std::vector<c10::IValue> values;
+  std::set<std::string> taken;
   for (const TracedFunction::Weight& weight : out.weights) {
+    TORCH_CHECK_VALUE(taken.insert(weight.name).second, what, ": two weights are called '", weight.name, "'");
     const at::Tensor copy = weight.tensor.to(c10::kCPU).clone();
     weight_names.push_back(weight.name);
     parameters.push_back(weight.is_parameter);
     values.emplace_back(copy);
     out.copies.emplace_back(weight.name, copy);
     out.packaged.all.push_back({weight.name, copy.scalar_type(), copy.sizes().vec(), copy.strides().vec(),
-                                weight.is_parameter, weight.written});
+                                weight.is_parameter, weight.written, weight.named});
   }
   out.weights_file = std::make_unique<TemporaryFile>(file + ".weights-" + std::to_string(::getpid()));
   {
@@ -184,7 +214,7 @@ void export_function(Pack&& pack, FunctionBody body, const NamedTensors& named, 
                     "reprise: export_package: a program cannot be called '", options.entry, "'");
   const std::string file = std::filesystem::absolute(path).string();
   const Exported exported =
-      run_and_describe("reprise: export_package", "package", file, pack.tensors, body, named, options);
+      run_and_describe("reprise: export_package", "package", /*keeps_gradients=*/false, file, pack.tensors, body, named, options);
   const c10::AutoGradMode no_grad(false);
   // Beside the file that it becomes, which stays what it is until all has gone well.
   const TemporaryFile compiled(file + ".compiled-" + std::to_string(::getpid()) + ".pt2");
@@ -203,7 +233,7 @@ void export_program(Pack&& pack, FunctionBody body, const NamedTensors& named, c
                     const std::vector<std::string>& input_names, const NamedTensors& weight_names) {
   const std::string file = std::filesystem::absolute(path).string();
   const Exported exported =
-      run_and_describe("reprise: export_program", "torch.export", file, pack.tensors, body, named,
+      run_and_describe("reprise: export_program", "torch.export", /*keeps_gradients=*/true, file, pack.tensors, body, named,
                        {.input_names = input_names, .weight_names = weight_names});
   const c10::AutoGradMode no_grad(false);
   const TemporaryFile written(file + ".written-" + std::to_string(::getpid()) + ".pt2");

@@ -44,7 +44,15 @@ LoadedModule::LoadedModule(std::unique_ptr<detail::LoadedProgram> program, const
   std::vector<detail::LoadedProgram::Weight> all = program_->take_weights();
   std::vector<std::string> missing;
   for (detail::LoadedProgram::Weight& weight : all) {
-    if (const auto found = given.find(weight.name); found != given.end()) weight.tensor = found->second;
+    const auto found = given.find(weight.name);
+    // A number may mean another tensor in another program: it is taken where there is no choice.
+    if (found != given.end() && (weight.named || !weight.tensor.defined())) {
+      const at::Tensor &own = weight.tensor, &other = found->second;
+      TORCH_CHECK_VALUE(!own.defined() || (own.sizes() == other.sizes() && own.scalar_type() == other.scalar_type()),
+                        "reprise: '", weight.name, "' of LoadOptions::weights_of: ", own.scalar_type(), own.sizes(),
+                        " expected, and ", other.scalar_type(), other.sizes(), " came");
+      weight.tensor = other;
+    }
     if (!weight.tensor.defined()) missing.push_back(weight.name);
   }
   TORCH_CHECK_VALUE(missing.empty(), "reprise: the file has no values for ", listed(missing), ", and ",

@@ -15,8 +15,9 @@ class LoadedProgram {
  public:
   struct Weight {
     std::string name;  ///< with dots, as in Python
-    at::Tensor tensor;
+    at::Tensor tensor;  ///< undefined where the file has none
     bool is_parameter = false;
+    bool named = true;  ///< by somebody, and not numbered
   };
   virtual ~LoadedProgram() = default;
   /// In the order in which `run` takes them.

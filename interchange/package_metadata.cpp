@@ -28,7 +28,7 @@ std::string text_of(const PackagedWeights& weights) {
   for (const PackagedWeight& weight : weights.all) {
     out["weights"].push_back({{"name", weight.name}, {"dtype", c10::toString(weight.dtype)}, {"sizes", weight.sizes},
                               {"strides", weight.strides}, {"parameter", weight.is_parameter},
-                              {"written", weight.written}});
+                              {"written", weight.written}, {"named", weight.named}});
   }
   return out.dump();
 }
@@ -41,7 +41,7 @@ std::optional<PackagedWeights> weights_in(const std::unordered_map<std::string, 
   for (const Json& each : json.at("weights")) {
     out.all.push_back({each.at("name").get<std::string>(), dtype_called(each.at("dtype").get<std::string>()),
                        each.at("sizes").get<std::vector<int64_t>>(), each.at("strides").get<std::vector<int64_t>>(),
-                       each.at("parameter").get<bool>(), each.at("written").get<bool>()});
+                       each.at("parameter").get<bool>(), each.at("written").get<bool>(), each.at("named").get<bool>()});
   }
   return out;
 }

@@ -20,6 +20,7 @@ struct PackagedWeight {
   std::vector<int64_t> sizes, strides;
   bool is_parameter = false;
   bool written = false;  ///< by each call
+  bool named = true;     ///< else its name is a number, and means something in this program alone
 };
 struct PackagedWeights {
   bool in_program = true;  ///< with their values

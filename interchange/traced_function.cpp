@@ -1,6 +1,7 @@
 #include "interchange/traced_function.h"
 
 #include <ATen/ops/arange.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <atomic>
@@ -168,12 +169,13 @@ std::vector<TracedFunction::Weight> TracedFunction::weights(const NamedTensors& 
     TORCH_CHECK(each.kind == ProgramInput::Kind::kSlot, "reprise: a number in the exported function changes");
     const auto& storage = run.inputs[each.index];
     Weight weight{number, "weight_" + std::to_string(input), backing_tensor(storage->backing(), each.geometry), false,
-                  false};
+                  false, false};
     for (const auto& [name, tensor] : named) {
       if (is_lazy(tensor) && lazy_storage(tensor) == storage.get() &&
           Geometry(*tensor.unsafeGetTensorImpl()) == each.geometry) {
         weight.name = name;
         weight.is_parameter = tensor.requires_grad();
+        weight.named = true;
         break;
       }
     }
@@ -212,9 +214,18 @@ void generalise(const std::string& what, TracedFunction& traced, const std::vect
   for (TracedFunction::Weight& weight : traced.weights({})) {
     if (weight.written) written.emplace_back(weight.tensor, weight.tensor.clone());
   }
-  traced.trace = over_symbols(what, traced, arguments, body, writes);
-  Session::current().mark_step("examples of other sizes have run");
-  for (const auto& [tensor, before] : written) tensor.copy_(before);
+  const auto restore = [&] {
+    Session::current().mark_step("examples of other sizes have run");
+    const c10::AutoGradMode no_grad(false);
+    for (const auto& [tensor, before] : written) tensor.copy_(before);
+  };
+  try {
+    traced.trace = over_symbols(what, traced, arguments, body, writes);
+  } catch (...) {
+    restore();
+    throw;
+  }
+  restore();
 }
 
 }  // namespace

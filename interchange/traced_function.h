@@ -38,6 +38,7 @@ struct TracedFunction {
     at::Tensor tensor; ///< of the backing device; not a copy
     bool written;
     bool is_parameter;  ///< what has the name requires a gradient
+    bool named;
   };
   std::vector<Weight> weights(const NamedTensors& named) const;
 };

@@ -145,6 +145,22 @@ TEST_F(Exports, AProgramOfTorchExportTrainsAnywhere) {
     const auto own = train(*program, device);
     for (size_t k = 0; k < losses.size(); ++k) expect_close(own[k], losses[k], 100);
   }
+  const auto written = [&](auto function) { export_program(function, std::tuple(x.to(torch::kLazy)), path("cut.pt2")); };
+  expect_error([&] { written([&](const torch::Tensor& t) { return net->forward(t) - net->forward(t).detach(); }); },
+               "cuts a gradient");
+  expect_error(
+      [&] {
+        written([&](const torch::Tensor& t) {
+          torch::Tensor hidden;
+          {
+            torch::NoGradGuard no_grad;
+            hidden = t * 2;
+          }
+          return net->forward(hidden);
+        });
+      },
+      "cuts a gradient");
+  EXPECT_FALSE(std::filesystem::exists(path("cut.pt2")));
   const char* python = std::getenv("REPRISE_TEST_PYTHON");
   if (python == nullptr || !eager_device().is_cpu()) return;
   const std::string script =

@@ -128,6 +128,23 @@ TEST_P(PackagedWeights, TwoProgramsOfOneModelShareThem) {
   EXPECT_EQ(ended.status, 0) << ended.output;
 }
 
+TEST_P(PackagedWeights, ThoseWithoutNamesAreTheProgramsOwn) {
+  torch::NoGradGuard no_grad;
+  const auto a = torch::randn({4}).to(torch::kLazy), b = torch::randn({1, 4}).to(torch::kLazy).expand({3, 4});
+  const auto x = torch::randn({3, 4}), y = torch::randn({3, 4});
+  const auto one = [&](const torch::Tensor& t) { return (t - a) * b; };
+  const auto two = [&](const torch::Tensor& t, const torch::Tensor& u) { return (t * u - a) * b; };
+  const auto lazy_x = x.to(torch::kLazy), lazy_y = y.to(torch::kLazy);
+  export_package(one, std::tuple(lazy_x), path("own.pt2"), {.entry = "one", .weights = GetParam()});
+  export_package(two, std::tuple(lazy_x, lazy_y), path("own.pt2"),
+                 {.entry = "two", .add_to_file = true, .weights = GetParam()});
+  if (GetParam() == Weights::kNotStored) return;
+  const auto first = load_package(path("own.pt2"), {.entry = "one"});
+  const auto second = load_package(path("own.pt2"), {.entry = "two", .weights_of = first});
+  expect_close(first->run({x.to(eager_device())}).at(0), one(lazy_x), 10);
+  expect_close(second->run({x.to(eager_device()), y.to(eager_device())}).at(0), two(lazy_x, lazy_y), 10);
+}
+
 INSTANTIATE_TEST_SUITE_P(Each, PackagedWeights,
                          ::testing::Values(Weights::kInProgram, Weights::kInFile, Weights::kNotStored),
                          [](const auto& place) {
@@ -150,6 +167,11 @@ TEST_P(PackagedWeights, WhatATrainingStepMayNotDo) {
   };
   expect_error([&] { export_package(step, std::tuple(x), path("adam.pt2"), {.weights = GetParam(), .training_step = true}); },
                "does not do the same in each call");
+  const auto named_twice = [&](const torch::Tensor& t) { return net->forward(t); };
+  const NamedTensors names{{"w", net->weight}, {"w", net->bias}};
+  expect_error<c10::ValueError>(
+      [&] { export_package(named_twice, std::tuple(x), path("names.pt2"), {.weight_names = names}); },
+      "two weights are called 'w'");
   auto state = torch::zeros({2}).to(torch::kLazy);
   const auto rebinds = [&](const torch::Tensor& t) {
     state = state * 0.9 + net->forward(t).detach().sum(0);

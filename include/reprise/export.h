@@ -37,7 +37,8 @@ NamedTensors named_tensors(const Module& module) {
 enum class Weights : uint8_t {
   kInProgram,  ///< in the program's own library: any libtorch runs it as it is
   /// In the file, once for all of its programs that use the same values. `load_package` reads
-  /// them, and Python's `load_pt2(path, load_weights_from_disk=True)`.
+  /// them, and Python's `load_pt2(path, load_weights_from_disk=True)` where all programs of the
+  /// file keep theirs so and are for the CPU.
   kInFile,
   /// Nowhere: `LoadOptions::weights_of` gives them, or `load_constants` of
   /// `AOTIModelPackageLoader`.
@@ -63,8 +64,8 @@ struct ExportOptions {
   NamedTensors weight_names = {};
   /// The function may write tensors that are no arguments: parameters and an optimizer's
   /// state, statistics of batch norm. The package writes its weights then, in place. Grad mode
-  /// is on, and the function runs until it has done the same twice in a row, that is two or
-  /// three times, and trains so often. An optimizer whose numbers change with each step (Adam's
+  /// is on, and the function runs until it has done the same twice in a row, two to four times,
+  /// and trains so often. An optimizer whose numbers change with each step (Adam's
   /// bias correction, a schedule) cannot be exported.
   bool training_step = false;
 };
@@ -180,9 +181,12 @@ void export_package(F function, const std::tuple<Args...>& example, const std::s
 
 /// As `export_package`, but writes what the function did as a program of Python's
 /// torch.export, not compiled: for `torch.export.load` and what builds on it, and for
-/// `load_package`, which runs and trains it on every device. A module's parameters stay
-/// parameters, and results are a tuple, also where there is one. `input_names` and
-/// `weight_names`: as in `ExportOptions`. Throws as `export_package`.
+/// `load_package`, which runs and trains it. Ops are those of the backing device: fused
+/// attention of the CPU stays that, all else runs on every device. Parameters that require
+/// gradients stay parameters, others become buffers; results are a tuple, also where there is
+/// one. `input_names` and `weight_names`: as in `ExportOptions`. Grad mode is on while the
+/// function runs. Throws as `export_package`, and where gradients are cut inside (`detach`,
+/// `NoGradGuard`).
 template <class F, class... Args>
 void export_program(F function, const std::tuple<Args...>& example, const std::string& path,
                     const std::vector<std::string>& input_names = {},

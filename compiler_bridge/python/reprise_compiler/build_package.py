@@ -193,7 +193,7 @@ class PackageBuilder:
         program = read_trace(trace_json)
         clock.lap("read_s")
         if program.export is not None and program.export["format"] == "torch.export":
-            with _quiet_logs(), warnings.catch_warnings():
+            with _quiet_logs(), warnings.catch_warnings(), torch_patches.exporting():
                 warnings.simplefilter("ignore")
                 save_exported_program(program, output_path)
             clock.lap("export_s")

@@ -285,8 +285,18 @@ def _host_patches() -> Iterator[tuple[Any, str, Any]]:
     # Anomaly mode holds for the whole process: while AOTAutograd traces, each op under
     # autograd that the host runs would wait for the GIL, for its Python stack.
     yield torch.autograd, "detect_anomaly", lambda **_: contextlib.nullcontext()
-    # (`torch.export` would also turn oneDNN, NNPACK and cuDNN off for the whole
-    # process while it traces, _ignore_backend_decomps; it is not used.)
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """For `torch.export`, which would also turn oneDNN, NNPACK and cuDNN off for the whole
+    process while it traces.
+    """
+    from torch.export import _trace
+
+    patches = [*_host_patches(), (_trace, "_ignore_backend_decomps", contextlib.nullcontext)]
+    with torch.no_grad(), in_force(iter(patches)):
+        yield
 
 
 # What makes the compiled program better.
