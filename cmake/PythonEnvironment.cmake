@@ -8,6 +8,8 @@ set(REPRISE_PYTHON "" CACHE FILEPATH
     "Interpreter that has torch; empty: make a private virtual environment")
 set(REPRISE_VENV "${PROJECT_BINARY_DIR}/venv" CACHE PATH
     "Where the private virtual environment lies")
+set(REPRISE_VENV_TORCH "" CACHE STRING
+    "The version of torch in it; empty: the one in requirements.txt")
 
 if(REPRISE_PYTHON)
   set(Python3_EXECUTABLE "${REPRISE_PYTHON}")
@@ -26,6 +28,12 @@ endif()
 function(reprise_make_venv)
   set(requirements "${PROJECT_SOURCE_DIR}/requirements.txt")
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${requirements}")
+  if(REPRISE_VENV_TORCH)
+    file(READ "${requirements}" text)
+    string(REGEX REPLACE "torch==[^\n]*" "torch==${REPRISE_VENV_TORCH}" text "${text}")
+    set(requirements "${PROJECT_BINARY_DIR}/requirements.txt")
+    file(WRITE "${requirements}" "${text}")
+  endif()
   file(SHA256 "${requirements}" wanted)
   set(stamp "${REPRISE_VENV}/requirements.sha256")
   set(installed "")
@@ -45,7 +53,7 @@ function(reprise_make_venv)
       "(Debian, Ubuntu: apt-get install python3-venv)\n${output}")
   endif()
 
-  message(STATUS "Installing requirements.txt into it (torch is some 2 GB to download)")
+  message(STATUS "Installing ${requirements} into it (torch is some 2 GB to download)")
   set(python "${REPRISE_VENV}/bin/python")
   # uv is an order of magnitude faster; pip does as well where it cannot be had.
   execute_process(COMMAND "${python}" -m pip install --quiet --disable-pip-version-check uv
@@ -58,7 +66,7 @@ function(reprise_make_venv)
   execute_process(COMMAND ${installer} -r "${requirements}" RESULT_VARIABLE failed)
   if(failed)
     message(FATAL_ERROR
-      "could not install requirements.txt into ${REPRISE_VENV} (see above); "
+      "could not install ${requirements} into ${REPRISE_VENV} (see above); "
       "name an interpreter that has torch with -DREPRISE_PYTHON=...")
   endif()
   file(WRITE "${stamp}" "${wanted}")

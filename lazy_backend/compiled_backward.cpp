@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <unordered_set>
 
+#include "lazy_backend/autograd_node.h"
 #include "lazy_backend/session.h"
 
 namespace reprise {
@@ -330,7 +331,7 @@ std::string trace_backward(TracedForward&& forward, uint64_t first_node, std::ve
   }
   GraphCut cut(forward.arguments, first_node);
   if (std::string reason = cut.follow(inner); !reason.empty()) return reason;
-  const auto node = std::make_shared<TracedBackward>(std::move(forward), std::move(cut), which, std::move(inner));
+  const auto node = make_autograd_node<TracedBackward>(std::move(forward), std::move(cut), which, std::move(inner));
   for (const uint32_t k : which) {
     results[k] = without_history(results[k]);
     autograd::set_history(results[k], node);
@@ -357,7 +358,7 @@ std::optional<detail::Pack> replay_differentiable(const DifferentiablePlanPtr& p
   const auto results = static_cast<std::ptrdiff_t>(tensors.size() - plan->forward->kept.size());
   std::vector<at::Tensor> kept(tensors.begin() + results, tensors.end());
   tensors.resize(static_cast<size_t>(results));
-  const auto node = std::make_shared<ReplayedBackward>(plan, name, arguments, std::move(kept), inputs, tensors);
+  const auto node = make_autograd_node<ReplayedBackward>(plan, name, arguments, std::move(kept), inputs, tensors);
   for (const uint32_t k : plan->results) autograd::set_history(tensors[k], node);
   return pack;
 }

@@ -9,6 +9,7 @@
 #include <optional>
 #include <shared_mutex>
 
+#include "lazy_backend/autograd_node.h"
 #include "lazy_backend/compiled_backward.h"
 #include "lazy_backend/function_plan.h"
 #include "lazy_backend/log.h"
@@ -201,9 +202,9 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, con
                      c10::function_ref<Pack()> body) {
   Session& session = Session::current();
   const uint64_t first_node = next_node();
-  std::vector<std::shared_ptr<torch::autograd::Node>> histories;
+  std::vector<AutogradNodePtr> histories;
   for (const at::Tensor& tensor : arguments.tensors) {
-    histories.push_back(tensor.defined() ? tensor.grad_fn() : nullptr);
+    histories.push_back(tensor.defined() ? tensor.grad_fn() : AutogradNodePtr());
   }
   session.begin_function(number_, options_.name, options_.fullgraph,
                          /*watch=*/may_get_plan);

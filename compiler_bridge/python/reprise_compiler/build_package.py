@@ -52,6 +52,9 @@ def inductor_options() -> dict[str, Any]:
         # Weights are inputs and change between calls.
         "freezing": False,
         "post_grad_custom_post_pass": copy_old_values_first,
+        # Who runs the program compares geometries.
+        "size_asserts": False,
+        "alignment_asserts": False,
         # The thread count in force at the call counts, not that of the compile.
         # `threads` decides only which loops are worth a team at all.
         "cpp.dynamic_threads": True,

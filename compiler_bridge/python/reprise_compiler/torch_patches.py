@@ -29,6 +29,7 @@ from torch._inductor import (
     config,
     cpp_builder,
     cpu_vec_isa,
+    decomposition,
     dependencies,
     index_propagation,
     ir,
@@ -46,6 +47,9 @@ from torch.utils._ordered_set import OrderedSet
 
 from . import loop_invariants, vec_isa
 from .toolchain import MODEL_DECLARATION, Toolchain
+
+
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 @contextlib.contextmanager
@@ -99,7 +103,10 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield index_propagation.SymPyOps, "to_dtype", staticmethod(_to_dtype)
     yield lowering.lowerings, torch.ops.prims.rev.default, _rev
     yield lowering.lowerings, _pad, _constant_pad_nd
-    yield serialize.GraphModuleSerializer, "serialize_inputs", _serialize_inputs
+    if _TORCH < (2, 15):
+        yield serialize.GraphModuleSerializer, "serialize_inputs", _serialize_inputs
+    else:
+        yield decomposition.decompositions, _lerp, _lerp_scalar
     yield common.KernelArgs, "cpp_argdefs", _cpp_argdefs
     yield cpp.CppKernel, "decide_parallel_depth", _decide_parallel_depth
     yield cpp.LoopNest, "max_parallel_depth", _max_parallel_depth
@@ -219,6 +226,18 @@ def _constant_pad_nd(x, padding, fill_value=0):
     return lowering.lowerings[torch.ops.aten.where.self](inside, padded, fill)
 
 
+_lerp = torch.ops.aten.lerp.Scalar
+_stock_lerp_scalar = decomposition.decompositions.get(_lerp)
+
+
+def _lerp_scalar(start, end, weight):
+    """Of a weight that is not known yet; torch 2.15's decomposition asks for its value."""
+    if not isinstance(weight, torch.SymFloat):
+        return _stock_lerp_scalar(start, end, weight)
+    number = torch.full((), weight, dtype=start.dtype, device=start.device)
+    return decomposition.decompositions[torch.ops.aten.lerp.Tensor](start, end, number)
+
+
 _stock_match = pattern_matcher._TargetArgsExpr._match
 
 
@@ -255,8 +274,8 @@ _C10_LAYOUTS = {schema.Layout.Strided: 0}
 
 def _serialize_inputs(self, target, args, kwargs=None):
     """Writes dtypes, memory formats and layouts by c10's codes: what runs packages
-    (oss_proxy_executor.cpp, torch 2.11) takes them for these, while torch.export
-    counts otherwise. `x.cdouble()` made booleans.
+    (oss_proxy_executor.cpp, torch 2.11; mended in 2.15) takes them for these, while
+    torch.export counts otherwise. `x.cdouble()` made booleans.
     """
     named = _stock_serialize_inputs(self, target, args, kwargs)
     for argument in named:
@@ -392,7 +411,7 @@ def _bias_joins_pointwise_users() -> Iterator[tuple[Any, str, Any]]:
 _stock_should_realize_on_reuse = ir.StorageBox.should_realize_on_reuse
 
 
-def _should_realize_on_reuse(self, users):
+def _should_realize_on_reuse(self, users, **kwargs):
     """Keeps the result of `tanh` for whoever reads it later, as stock code does with
     `exp` and `sigmoid`, whose derivatives are made of the result as well. Computing it
     again costs more than reading it, and keeps what it is made of alive: two matrix
@@ -402,7 +421,7 @@ def _should_realize_on_reuse(self, users):
         on_cpu = self.data.get_device().type == "cpu"
         if on_cpu and "tanh" in self.data.inner_fn_opcount().used_ops:
             return True
-    return _stock_should_realize_on_reuse(self, users)
+    return _stock_should_realize_on_reuse(self, users, **kwargs)
 
 
 def _generate_no_runtime_checks(self) -> None:
@@ -529,11 +548,11 @@ def _toolchain_patches(toolchain: Toolchain) -> Iterator[tuple[Any, str, Any]]:
             library_dirs = [toolchain.libtorch_stubs()]
         return include_dirs, library_dirs, libraries
 
-    def get_device_options(device_type: str, aot_mode: bool = False, compile_only: bool = False):
+    def get_device_options(device_type: str, aot_mode: bool = False, *args: Any, **kwargs: Any):
         if device_type != "cuda":
-            return stock_device_options(device_type, aot_mode, compile_only)
+            return stock_device_options(device_type, aot_mode, *args, **kwargs)
         with cuda_home_of_the_wheels():
-            options = list(stock_device_options(device_type, aot_mode, compile_only))
+            options = list(stock_device_options(device_type, aot_mode, *args, **kwargs))
         if aot_mode:
             options[_LIBRARY_DIRS] = [toolchain.gpu_stubs(), *options[_LIBRARY_DIRS]]
         return tuple(options)
