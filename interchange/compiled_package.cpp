@@ -99,6 +99,11 @@ std::optional<size_t> arguments_of(const std::vector<std::string>& call_spec) {
 
 }  // namespace
 
+at::Tensor with_strides(const at::Tensor& tensor, c10::IntArrayRef strides) {
+  if (tensor.strides() == strides) return tensor;
+  return at::empty_strided(tensor.sizes(), strides, tensor.options()).copy_(tensor);
+}
+
 CompiledPackage::CompiledPackage(Pt2Archive& archive, const std::string& name)
     : path_(archive.path()), device_(c10::kCPU) {
   try {
@@ -212,10 +217,7 @@ void CompiledPackage::bind(const std::vector<at::Tensor>& weights) {
                       " expected, and ", weight.scalar_type(), weight.sizes(), " came");
     TORCH_CHECK(!written_[k] || weight.strides() == before.strides(), "reprise: '", weight_names_[k], "' of '", path_,
                 "' is written by the program, and has other strides than there");
-    // As the package's code reads them.
-    kept.push_back(weight.strides() == before.strides()
-                       ? weight.detach()
-                       : at::empty_strided(before.sizes(), before.strides(), weight.options()).copy_(weight.detach()));
+    kept.push_back(with_strides(weight.detach(), before.strides()));
     named.emplace(weight_names_[k], kept.back());
   }
   runner_->loader().load_constants(named, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);

@@ -14,6 +14,10 @@
 
 namespace reprise {
 
+/// The tensor with these strides, a copy where it has others: compiled code reads a weight as
+/// it lay when it was compiled.
+at::Tensor with_strides(const at::Tensor& tensor, c10::IntArrayRef strides);
+
 /// Safe to run from several threads at once. Weights that are set while it runs are used by
 /// later calls.
 class CompiledPackage final : public detail::LoadedProgram {

@@ -2,7 +2,6 @@
 /// The functions of reprise/export.h.
 #include <ATen/core/ivalue.h>
 #include <ATen/ops/allclose.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -15,6 +14,7 @@
 #include <set>
 
 #include "compiler_bridge/compile_queue.h"
+#include "interchange/compiled_package.h"
 #include "interchange/package_metadata.h"
 #include "interchange/pt2_archive.h"
 #include "interchange/temporary_file.h"
@@ -62,19 +62,24 @@ bool low_precision(const at::Tensor& tensor) {
   return tensor.scalar_type() == c10::kHalf || tensor.scalar_type() == c10::kBFloat16;
 }
 
+void expect(bool same, const std::string& what) {
+  TORCH_CHECK(same, "reprise: what was exported gives other values than the function did (", what,
+              "); nothing was written");
+}
+
 void expect_close(const std::string& what, const at::Tensor& actual, const at::Tensor& expected) {
   const bool exact = !c10::isFloatingType(expected.scalar_type()) && !expected.is_complex();
   const double tolerance = exact ? 0 : low_precision(expected) ? 2e-2 : 1e-3;
-  TORCH_CHECK(actual.sizes() == expected.sizes() && actual.scalar_type() == expected.scalar_type() &&
-                  at::allclose(actual, expected, tolerance, tolerance, /*equal_nan=*/true),
-              "reprise: what was exported gives other values than the function did (", what, "); nothing was written");
+  expect(actual.sizes() == expected.sizes() && actual.scalar_type() == expected.scalar_type() &&
+             at::allclose(actual, expected, tolerance, tolerance, /*equal_nan=*/true),
+         what);
 }
 
 /// A function that has run, as the compiler gets it.
 struct Exported {
   TracedStep step;
   std::vector<TracedFunction::Weight> weights;
-  std::vector<std::pair<std::string, at::Tensor>> copies;  ///< of the weights, on the host
+  NamedTensors copies;  ///< of the weights, on the host
   PackagedWeights packaged;
   std::string trace;
   std::unique_ptr<TemporaryFile> weights_file;
@@ -99,11 +104,7 @@ void expect_same(const std::string& file, const std::vector<at::Tensor>& argumen
     if (weights[k].written) {
       given.emplace(weights[k].name, before[k]);
     } else if (!exported.packaged.in_program) {
-      const PackagedWeight& as = exported.packaged.all[k];
-      const at::Tensor& tensor = weights[k].tensor;
-      given.emplace(as.name, tensor.strides() == as.strides
-                                 ? tensor
-                                 : at::empty_strided(as.sizes, as.strides, tensor.options()).copy_(tensor));
+      given.emplace(weights[k].name, with_strides(weights[k].tensor, exported.packaged.all[k].strides));
     }
   }
   if (!given.empty()) {
@@ -123,8 +124,7 @@ void expect_same(const std::string& file, const std::vector<at::Tensor>& argumen
     const at::Tensor error = (before[k] - weights[k].tensor).abs().max();
     const double rounding = 8 * std::numeric_limits<float>::epsilon() * old[k].abs().max().item<double>();
     const double unit = low_precision(old[k]) ? 0x1p-7 / std::numeric_limits<float>::epsilon() : 1;
-    TORCH_CHECK(!(error.item<double>() > 0.02 * wanted.item<double>() + unit * rounding),
-                "reprise: what was exported gives other values than the function did (", update, "); nothing was written");
+    expect(!(error.item<double>() > 0.02 * wanted.item<double>() + unit * rounding), update);
   }
 }
 
@@ -224,9 +224,8 @@ void export_function(Pack&& pack, FunctionBody body, const NamedTensors& named, 
   Pt2Archive program(compiled.path());
   std::optional<Pt2Archive> others;
   if (options.add_to_file && std::filesystem::exists(file)) others.emplace(file);
-  using Stored = std::vector<std::pair<std::string, at::Tensor>>;
   write_package(file, others ? &*others : nullptr, program, options.entry,
-                options.weights == Weights::kInFile ? exported.copies : Stored());
+                options.weights == Weights::kInFile ? exported.copies : NamedTensors());
 }
 
 void export_program(Pack&& pack, FunctionBody body, const NamedTensors& named, const std::string& path,

@@ -5,6 +5,7 @@
 
 #include "interchange/compiled_package.h"
 #include "interchange/exported_program.h"
+#include "reprise/export.h"
 #include "reprise/package.h"
 
 namespace reprise {
@@ -38,8 +39,8 @@ LoadedModule::LoadedModule(std::unique_ptr<detail::LoadedProgram> program, const
     : torch::nn::Module("LoadedModule"), program_(std::move(program)) {
   std::map<std::string, at::Tensor> given;
   if (weights_of != nullptr) {
-    for (const auto& each : weights_of->named_parameters()) given.emplace(each.key(), each.value());
-    for (const auto& each : weights_of->named_buffers()) given.emplace(each.key(), each.value());
+    const NamedTensors named = named_tensors(*weights_of);
+    given.insert(named.begin(), named.end());
   }
   std::vector<detail::LoadedProgram::Weight> all = program_->take_weights();
   std::vector<std::string> missing;

@@ -183,11 +183,11 @@ std::vector<TracedFunction::Weight> TracedFunction::weights(const NamedTensors& 
       const auto& written = step->written;
       weight.written = weight.written || std::find(written.begin(), written.end(), each.index) != written.end();
     }
-    for (const ProgramInput& other : program->inputs) {
-      TORCH_CHECK(!weight.written || &other == &each || other.kind != ProgramInput::Kind::kSlot ||
-                      other.index != each.index,
-                  "reprise: a tensor that the exported function writes is used through two views");
-    }
+    const auto views = std::count_if(program->inputs.begin(), program->inputs.end(), [&](const ProgramInput& other) {
+      return other.kind == ProgramInput::Kind::kSlot && other.index == each.index;
+    });
+    TORCH_CHECK(!weight.written || views == 1,
+                "reprise: a tensor that the exported function writes is used through two views");
     weights.push_back(std::move(weight));
   }
   return weights;

@@ -83,6 +83,10 @@ Ended run_child(const std::vector<std::string>& command,
   return ended;
 }
 
+Ended run_python(const std::string& script) {
+  return run_child({std::getenv("REPRISE_TEST_PYTHON"), "-c", script});
+}
+
 std::string plain_program() {
   return (std::filesystem::read_symlink("/proc/self/exe").parent_path() / "plain_program")
       .string();

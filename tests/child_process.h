@@ -23,6 +23,9 @@ struct Ended {
 Ended run_child(const std::vector<std::string>& command,
                 const std::vector<std::pair<std::string, std::string>>& environment = {});
 
+/// Runs a script with the Python that REPRISE_TEST_PYTHON names, which must be set.
+Ended run_python(const std::string& script);
+
 /// The program of tests/plain_program.cpp, which names nothing of Reprise.
 std::string plain_program();
 

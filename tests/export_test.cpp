@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "cpp_models/gpt.h"
+#include "tests/child_process.h"
 #include "tests/expect_error.h"
 #include "tests/sized_steps.h"
 
@@ -96,8 +97,7 @@ TEST_F(Exports, AFunctionOfSeveralTensors) {
 }
 
 TEST_F(Exports, RunInStockPython) {
-  const char* python = std::getenv("REPRISE_TEST_PYTHON");
-  if (python == nullptr) GTEST_SKIP() << "REPRISE_TEST_PYTHON names no Python";
+  if (std::getenv("REPRISE_TEST_PYTHON") == nullptr) GTEST_SKIP() << "REPRISE_TEST_PYTHON names no Python";
   if (!eager_device().is_cpu()) GTEST_SKIP() << "the script's tensors are on the CPU";
   const auto weight = torch::full({3}, 4).to(torch::kFloat).to(torch::kLazy);
   auto x = lazy({2, 3});
@@ -109,7 +109,8 @@ TEST_F(Exports, RunInStockPython) {
       "for rows in (2, 7):\n"
       "    (y,) = package(torch.ones(rows, 3))\n"
       "    assert torch.equal(y, torch.full((rows, 3), 5.0)), y\n";
-  EXPECT_EQ(std::system((std::string(python) + " -c \"" + script + "\"").c_str()), 0);
+  const Ended ended = run_python(script);
+  EXPECT_EQ(ended.status, 0) << ended.output;
 }
 
 TEST_F(Exports, AProgramOfTorchExportTrainsAnywhere) {
@@ -169,7 +170,8 @@ TEST_F(Exports, AProgramOfTorchExportTrainsAnywhere) {
       "assert dict(program.named_parameters()).keys() >= {'0.weight', '1.bias'}\n"
       "assert program.graph_signature.user_inputs == ('the_input',), program.graph_signature.user_inputs\n"
       "assert program.module()(torch.ones(7, 6))[0].shape == (7, 3)\n";
-  EXPECT_EQ(std::system((std::string(python) + " -c \"" + script + "\"").c_str()), 0);
+  const Ended ended = run_python(script);
+  EXPECT_EQ(ended.status, 0) << ended.output;
 }
 
 TEST_F(Exports, ForAGpuThatIsNotThere) {

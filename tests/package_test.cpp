@@ -289,7 +289,7 @@ TEST_F(Packages, SeveralProgramsInOneFile) {
       "y = load_package('" + file + "', 'embed')(torch.ones(3, 4))\n"
       "y = y[0] if isinstance(y, (list, tuple)) else y\n"
       "assert abs(y[0, 0].item() - " + std::to_string(expected) + ") < 1e-4, y\n";
-  const Ended ended = run_child({std::getenv("REPRISE_TEST_PYTHON"), "-c", script});
+  const Ended ended = run_python(script);
   EXPECT_EQ(ended.status, 0) << ended.output;
 }
 

@@ -124,7 +124,7 @@ TEST_P(PackagedWeights, TwoProgramsOfOneModelShareThem) {
       "y = load_pt2('" + file + "', load_weights_from_disk=True).aoti_runners['decode'](torch.ones(1, 64))\n"
       "y = y[0] if isinstance(y, (list, tuple)) else y\n"
       "assert abs(y.sum().item() - " + std::to_string(expected) + ") < 1e-3, y\n";
-  const Ended ended = run_child({std::getenv("REPRISE_TEST_PYTHON"), "-c", script});
+  const Ended ended = run_python(script);
   EXPECT_EQ(ended.status, 0) << ended.output;
 }
 

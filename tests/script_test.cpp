@@ -135,7 +135,7 @@ TEST_F(Scripts, RunInStockPython) {
       "for rows in (2, 7):\n"
       "    y = module(torch.ones(rows, 3))\n"
       "    assert torch.equal(y, torch.full((rows, 3), 5.0)), y\n";
-  const Ended ended = run_child({python, "-c", script});
+  const Ended ended = run_python(script);
   EXPECT_EQ(ended.status, 0) << ended.output;
 }
 
@@ -168,7 +168,7 @@ TEST_F(Scripts, APackageIsSavedInsideOfAModule) {
       "torch.ops.load_library('" + std::string(library) + "')\n"
       "y = torch.jit.load('" + path("module.pt") + "')(torch.ones(4, 6))\n"
       "assert y.shape == (4, 3) and abs(y[0, 0].item() - " + std::to_string(expected) + ") < 1e-4, y\n";
-  const Ended ended = run_child({python, "-c", script});
+  const Ended ended = run_python(script);
   EXPECT_EQ(ended.status, 0) << ended.output;
 }
 
