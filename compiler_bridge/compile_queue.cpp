@@ -285,6 +285,17 @@ std::shared_ptr<Runner> as_graph(const Program& program) {
   }
   return with_cuda_graph(program.runner, device, std::move(written));
 }
+
+/// For reports of compiles that fail.
+void dump(const Program& program, const std::string& trace) {
+  const char* folder = std::getenv("REPRISE_DUMP_TRACES");
+  if (folder == nullptr) return;
+  const std::string file = c10::str(folder, "/", program.name, ".json");
+  if (std::FILE* out = std::fopen(file.c_str(), "w")) {
+    std::fwrite(trace.data(), 1, trace.size(), out);
+    std::fclose(out);
+  }
+}
 }  // namespace
 
 void CompileQueue::finish(Program& program, std::string problem) {
@@ -310,13 +321,7 @@ void CompileQueue::process(Program& program) {
   if (!program.other_sizes.empty()) return process_all_sizes(program);
   const std::string trace = write_trace(program);
   const std::string key = ArtifactStore::get().key(trace);
-  if (const char* folder = std::getenv("REPRISE_DUMP_TRACES")) {
-    const std::string file = c10::str(folder, "/", program.name, ".json");
-    if (std::FILE* out = std::fopen(file.c_str(), "w")) {
-      std::fwrite(trace.data(), 1, trace.size(), out);
-      std::fclose(out);
-    }
-  }
+  dump(program, trace);
 
   std::optional<SplitTrace> split;
   ProgramFamily* family = nullptr;
@@ -343,7 +348,9 @@ void CompileQueue::process_all_sizes(Program& program) {
   }
   program.other_sizes.clear();
   auto outline = std::make_shared<TraceOutline>();
-  SplitTrace split(write_trace(program, outline.get()));
+  const std::string trace = write_trace(program, outline.get());
+  dump(program, trace);
+  SplitTrace split(trace);
   name_sites(split, program);
   ProgramFamily& family = note(split);
   {

@@ -11,6 +11,7 @@
 #include "compiler_bridge/compile_queue.h"
 #include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
+#include "lazy_backend/distinct_inputs.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/log.h"
 #include "lazy_backend/metrics.h"
@@ -182,6 +183,34 @@ void conclude(SegmentEnd& end) {
   TORCH_WARN("reprise: the program of ", end.name, " is not used: ", problem);
 }
 
+bool share(Program& program, const Program& like, const Segment& segment) {
+  program.live = like.live;
+  return covers(program, segment) && CompileQueue::get().share(program, like);
+}
+
+/// As `share`, where the inputs of `like` are distinct and some of the program's coincide.
+bool share_as_if_distinct(Program& program, const Program& like, const Segment& segment) {
+  auto distinct = as_if_distinct(program.steps, like.steps, /*floats_may_differ=*/false);
+  if (!distinct) return false;
+  const std::vector<uint32_t>& slots = distinct->slots;
+  const auto as_they_were = [&](std::vector<uint32_t> live) {
+    for (uint32_t& slot : live) slot = slots[slot];  // in the same order: no input is among them
+    return live;
+  };
+  program.live = as_they_were(like.live);
+  if (!covers(program, segment)) return false;
+  program.live = like.live;
+  program.steps.swap(distinct->steps);
+  if (!CompileQueue::get().share(program, like)) return false;
+  program.steps.swap(distinct->steps);
+  program.live = as_they_were(like.live);
+  for (ProgramInput& input : program.inputs) {
+    if (input.kind == ProgramInput::Kind::kSlot) input.index = slots[input.index];
+  }
+  for (ProgramOutput& output : program.outputs) output.slot = slots[output.slot];
+  return true;
+}
+
 /// Takes the program over symbols that another size has, where it serves this one.
 void share_program(SegmentEnd& end, const Segment& segment) {
   const std::shared_ptr<Program> like = end.pattern->program();
@@ -189,10 +218,9 @@ void share_program(SegmentEnd& end, const Segment& segment) {
   end.unserved_by = like;
   auto program = std::make_shared<Program>();
   program->name = end.name;
-  program->steps = end.steps;
-  program->live = like->live;
+  program->steps = without_unused_views(end.steps);
   program->device_index = like->device_index;
-  if (!covers(*program, segment) || !CompileQueue::get().share(*program, *like)) {
+  if (!(end.pattern->is_case() ? share_as_if_distinct : share)(*program, *like, segment)) {
     end.pattern->note_unserved();
     return;
   }

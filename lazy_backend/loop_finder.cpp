@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <vector>
 
+#include "lazy_backend/distinct_inputs.h"
 #include "lazy_backend/step_recorder.h"
 
 namespace reprise {
 namespace {
 
-using Body = std::vector<std::shared_ptr<Step>>;
+using Body = std::vector<StepPtr>;
 
 /// Steps [begin, begin + count) as they would be numbered at the start of a segment.
 Body taken_alone(std::span<const StepPtr> steps, size_t begin, size_t count) {
@@ -48,6 +49,24 @@ bool only_aliases(std::span<const StepPtr> steps) {
   return std::all_of(steps.begin(), steps.end(), [](const auto& step) { return step->only_aliases; });
 }
 
+bool nothing_to_fuse(std::span<const StepPtr> steps) {
+  constexpr int kFew = 2;
+  int ops = 0;
+  std::vector<uint32_t> made;
+  for (const StepPtr& step : steps) {
+    if (step->only_aliases) continue;
+    if (++ops > kFew) return false;
+    bool takes = false;
+    for_each_tensor(step->args, [&](const Arg& arg) {
+      takes = takes || std::find(made.begin(), made.end(), arg.slot) != made.end();
+    });
+    if (takes) return false;
+    for_each_result(step->results, [&](const Result& result) { made.push_back(result.slot); });
+    made.insert(made.end(), step->written.begin(), step->written.end());
+  }
+  return true;
+}
+
 std::optional<Loop> find_loop(std::span<const StepPtr> steps, size_t exit) {
   const size_t longest = std::min({exit / 2, steps.size() - exit, kLongestLoopBody});
   for (size_t period = 1; period <= longest; ++period) {
@@ -70,6 +89,11 @@ std::optional<Loop> find_loop(std::span<const StepPtr> steps, size_t exit) {
     Loop loop{exit - 2 * period, period, exit + period, views};
     while (loop.begin >= period && is_iteration(loop.begin - period)) loop.begin -= period;
     while (loop.end + period <= steps.size() && is_iteration(loop.end)) loop.end += period;
+    if (!views && loop.begin >= period && same_ops(steps, loop.begin - period, exit, period)) {
+      const Body first = taken_alone(steps, loop.begin - period, period);
+      loop.first_coincides = as_if_distinct(first, body, /*floats_may_differ=*/true).has_value();
+      if (loop.first_coincides) loop.begin -= period;
+    }
     return loop;
   }
   return std::nullopt;

@@ -23,6 +23,8 @@ struct Loop {
   size_t end = 0;
   /// They make views, and run nothing; or it is one step, with a list of what a loop leaves.
   bool collection = false;
+  /// The first iteration is not alike: it has one storage where others have two.
+  bool first_coincides = false;
 };
 
 /// Shorter bodies are left alone, since a segment each would cost more than it saves; but for
@@ -36,6 +38,9 @@ std::optional<Loop> find_loop(std::span<const StepPtr> steps, size_t exit);
 
 /// Nothing is to be run.
 bool only_aliases(std::span<const StepPtr> steps);
+
+/// At most two ops are to be run, of which neither takes what the other makes.
+bool nothing_to_fuse(std::span<const StepPtr> steps);
 
 /// Whether two steps that would be alike differ in how long a list is that one takes or
 /// returns: what an unrolled loop has collected is stacked, or what it will use is unbound.

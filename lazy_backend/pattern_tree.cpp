@@ -31,6 +31,7 @@ void drop_programs_below(PatternTree::Node& top) {
 
 void Pattern::add_size(const std::string& name, std::vector<StepPtr> steps,
                        const Segment& segment, std::vector<std::vector<int64_t>> others) {
+  if (is_case()) return;
   ++sizes_;
   ops_ += steps.size();
   const bool pending =
@@ -42,17 +43,30 @@ void Pattern::add_size(const std::string& name, std::vector<StepPtr> steps,
   if (wanted) request(name, steps, segment);
   if (marked_.empty()) marked_ = std::move(others);
   if (program_ != nullptr && !unserved_) return;  // made of those that there are
-  remember(std::move(steps));
+  remember(without_unused_views(steps));
+}
+
+void Pattern::become_case_of(const std::shared_ptr<Pattern>& general) {
+  if (differs_ || requests_ > 0 || general.get() == this || general->is_case()) return;
+  general_ = general;
+  examples_.clear();
+}
+
+void Pattern::note_unserved() {
+  unserved_ = true;
+  differs_ = differs_ || is_case();
+  general_ = nullptr;
 }
 
 bool Pattern::request_another(const std::string& name, const std::vector<StepPtr>& steps,
                               const Segment& segment) {
+  if (is_case()) return general_->awaits() || general_->requests_ == 0;
   if (awaits()) return true;
-  if (!unserved_ || sizes_ < enough_sizes() || requests_ >= kMostRequests || examples_.empty()) {
+  if (!unserved_ || sizes_ < (in_loop_ ? 2 : enough_sizes()) || requests_ >= kMostRequests || examples_.empty()) {
     return false;
   }
   request(name, steps, segment);
-  remember(steps);
+  remember(without_unused_views(steps));
   return true;
 }
 
@@ -62,6 +76,7 @@ void Pattern::remember(std::vector<StepPtr> steps) {
   // Of the two that differ least, the older one. The last one stays.
   const auto difference = [](const std::vector<StepPtr>& a, const std::vector<StepPtr>& b) {
     size_t differing = 0;
+    if (a.size() != b.size()) return std::max(a.size(), b.size());
     for (size_t k = 0; k < a.size(); ++k) differing += a[k]->same(*b[k], true) ? 0 : 1;
     return differing;
   };
@@ -80,7 +95,7 @@ void Pattern::remember(std::vector<StepPtr> steps) {
 
 bool Pattern::request_marked(const std::string& name, const std::vector<StepPtr>& steps,
                              const Segment& segment) {
-  if (marked_.empty() || program() != nullptr) return false;
+  if (is_case() || marked_.empty() || program() != nullptr) return false;
   if (requests_ == 0) request(name, steps, segment);
   return awaits();
 }
@@ -89,19 +104,19 @@ void Pattern::request(const std::string& name, const std::vector<StepPtr>& steps
                       const Segment& segment) {
   auto program = std::make_shared<Program>();
   program->name = name;
-  program->steps = steps;
+  program->steps = without_unused_views(steps);
   const Step& last = *steps.back();
   program->live = segment.live_slots(last.first_slot + last.slot_count);
   program->device_index = last.device_index;
   program->other_sizes = examples_;
   for (const auto& symbols : marked_) {
     std::vector<StepPtr> other;
-    for (const StepPtr& step : steps) {
+    for (const StepPtr& step : program->steps) {
       auto elsewhere = at_symbols(*step, symbols);
       if (elsewhere == nullptr) break;
       other.push_back(std::move(elsewhere));
     }
-    if (other.size() == steps.size()) program->other_sizes.push_back(std::move(other));
+    if (other.size() == program->steps.size()) program->other_sizes.push_back(std::move(other));
   }
   requested_ = program;
   ++requests_;
@@ -112,6 +127,7 @@ void Pattern::request(const std::string& name, const std::vector<StepPtr>& steps
 }
 
 const std::shared_ptr<Program>& Pattern::program() {
+  if (is_case()) return general_->program();
   if (requested_ != nullptr && requested_->state.load() != Program::State::kQueued) {
     if (requested_->state.load() == Program::State::kReady) {
       program_ = requested_;
@@ -134,6 +150,7 @@ bool Pattern::note_inferred(const std::vector<StepPtr>& steps) {
 
 void Pattern::drop_programs() {
   requested_ = program_ = nullptr;
+  general_ = nullptr;
   unserved_ = true;
   examples_.clear();
   sizes_ = ops_ = 0;
@@ -152,7 +169,12 @@ PatternTree::Node* PatternTree::root(uint64_t environment) {
   return root.get();
 }
 
-PatternTree::Node* PatternTree::find(const Node* node, const Step& step) {
+bool PatternTree::repeats(const Node& node, const Step& step) {
+  return node.repeats && step.only_aliases && node.step->alike(step, /*floats_may_differ=*/false);
+}
+
+PatternTree::Node* PatternTree::find(Node* node, const Step& step) {
+  if (repeats(*node, step)) return node;
   for (const auto& next : node->next) {
     if (next->step->alike(step, /*floats_may_differ=*/false)) return next.get();
   }
@@ -185,19 +207,79 @@ Way follow(PatternTree::Node* root, const std::vector<StepPtr>& steps, size_t co
 std::optional<Loop> PatternTree::loop_of_other_length(uint64_t environment,
                                                       const std::vector<StepPtr>& steps,
                                                       size_t count) {
-  const Way way = follow(root(environment), steps, count);
-  const std::span<const StepPtr> these(steps.data(), count);
-  const auto note = [&](const Loop& loop) {
-    for (size_t k = loop.begin; loop.collection && k < loop.begin + loop.period; ++k) {
+  auto loop = find_loop_of_other_length(environment, steps, count);
+  while (loop && collapse(environment, steps, *loop)) {
+    loop = find_loop_of_other_length(environment, steps, count);
+  }
+  if (loop && loop->collection) {
+    for (size_t k = loop->begin; k < loop->begin + loop->period; ++k) {
       note_collection(environment, *steps[k]);
     }
-    return loop;
+  }
+  return loop;
+}
+
+bool PatternTree::collapse(uint64_t environment, const std::vector<StepPtr>& steps,
+                           const Loop& loop) {
+  if (!loop.collection || loop.period != 1) return false;
+  // The first of them may be the one that meets the storage.
+  const size_t begin = loop.begin + (steps[loop.begin]->slot_count > 0 ? 1 : 0);
+  if (begin + 1 >= loop.end) return false;
+  const Step& view = *steps[begin];
+  for (size_t k = begin; k < loop.end; ++k) {
+    const Step& step = *steps[k];
+    if (!step.only_aliases || step.slot_count > 0 || !view.alike(step, false)) return false;
+  }
+  const Way way = follow(root(environment), steps, begin + 1);
+  Node* first = way.last;
+  if (way.depth != begin + 1 || first->repeats) return false;
+  REPRISE_LOG(1, "a run of ", loop.end - begin, " views by ", view.op.operator_name(),
+              " has another length than before, which is of no account from now on");
+  first->repeats = true;
+  std::vector<std::unique_ptr<Node>> next = std::exchange(first->next, {}), run;
+  const auto sort = [&](std::unique_ptr<Node> child) {
+    if (repeats(*first, *child->step)) {
+      run.push_back(std::move(child));
+    } else if (find(first, *child->step) != nullptr) {
+      remove(std::move(child));
+    } else {
+      child->parent = first;
+      first->next.push_back(std::move(child));
+    }
   };
+  for (auto& child : next) sort(std::move(child));
+  while (!run.empty()) {
+    const std::unique_ptr<Node> node = std::move(run.back());
+    run.pop_back();
+    for (auto& child : std::exchange(node->next, {})) sort(std::move(child));
+    std::erase(awaited_, node.get());
+    --size_;
+  }
+  return true;
+}
+
+void PatternTree::remove(std::unique_ptr<Node> top) {
+  std::vector<std::unique_ptr<Node>> open;  // a path is as long as a segment: no recursion
+  open.push_back(std::move(top));
+  while (!open.empty()) {
+    const std::unique_ptr<Node> node = std::move(open.back());
+    open.pop_back();
+    for (auto& next : node->next) open.push_back(std::move(next));
+    std::erase(awaited_, node.get());
+    --size_;
+  }
+}
+
+std::optional<Loop> PatternTree::find_loop_of_other_length(uint64_t environment,
+                                                           const std::vector<StepPtr>& steps,
+                                                           size_t count) {
+  const Way way = follow(root(environment), steps, count);
+  const std::span<const StepPtr> these(steps.data(), count);
   // The other path leaves the loop, or has ended there.
   const bool leaves = way.depth < count && !way.last->next.empty();
   for (const size_t exit : {leaves ? way.depth : 0, way.ended}) {
     if (exit == 0) continue;
-    if (const auto loop = find_loop(these, exit)) return note(*loop);
+    if (const auto loop = find_loop(these, exit)) return loop;
   }
   // These steps do, and the other goes on.
   for (const auto& next : way.last->next) {
@@ -209,14 +291,14 @@ std::optional<Loop> PatternTree::loop_of_other_length(uint64_t environment,
     }
     if (auto loop = find_loop(other, way.depth)) {
       loop->end = way.depth;
-      return note(*loop);
+      return loop;
     }
   }
   if (!has_boundaries_ || !leaves) return std::nullopt;
   for (const auto& next : way.last->next) {
     const Step& step = *steps[way.depth];
     if (!differ_in_list_length(*next->step, step)) continue;
-    return note({way.depth, 1, way.depth + 1, /*collection=*/true});
+    return Loop{way.depth, 1, way.depth + 1, /*collection=*/true};
   }
   return std::nullopt;
 }
@@ -280,6 +362,7 @@ PatternTree::Node* PatternTree::insert(uint64_t environment, std::vector<StepPtr
 void PatternTree::share_steps(const Node& node, std::span<StepPtr> steps) {
   const Node* at = &node;
   for (size_t k = steps.size(); k-- > 0; at = at->parent) {
+    while (k > 0 && repeats(*at, *steps[k]) && repeats(*at, *steps[k - 1])) --k;
     const Step &known = *at->step, &step = *steps[k];
     const bool plain = known.symbolic == nullptr && step.symbolic == nullptr;
     if (plain && known.grad_mode == step.grad_mode && known.same(step, /*floats_may_differ=*/false)) {

@@ -26,7 +26,15 @@ namespace reprise {
 class Pattern {
  public:
   /// A program over symbols has been asked for.
-  bool awaits() const { return requested_ != nullptr; }
+  bool awaits() const { return general_ != nullptr ? general_->awaits() : requested_ != nullptr; }
+
+  /// Its segments are those of `general` where some inputs coincide (distinct_inputs.h), and
+  /// the program of that one serves them as well. Unless it turned out not to.
+  void become_case_of(const std::shared_ptr<Pattern>& general);
+  bool is_case() const { return general_ != nullptr; }
+
+  /// Its segments are iterations of a loop: there will be other sizes, that is, positions.
+  void note_loop() { in_loop_ = true; }
 
   /// Another size was met: these steps, whose slots are bound in `segment`. Asks for a
   /// program over symbols where there are sizes enough. `others`: values of the symbols of
@@ -53,11 +61,11 @@ class Pattern {
   /// far as that is known.
   bool note_inferred(const std::vector<StepPtr>& steps);
   /// Its program is not looked at any more where it runs.
-  bool is_trusted() { return program() != nullptr && program_->shared->checked(); }
+  bool is_trusted() { return program() != nullptr && program()->shared->checked(); }
 
   /// No program serves this size: a step has changed, or the program takes for granted
   /// what does not hold.
-  void note_unserved() { unserved_ = true; }
+  void note_unserved();
 
   /// One more size gets a program of its own. Returns false where that would be too many.
   bool take_own_program();
@@ -76,6 +84,9 @@ class Pattern {
   /// Among the examples, of which the ones that differ most are kept.
   void remember(std::vector<StepPtr> steps);
 
+  std::shared_ptr<Pattern> general_;
+  bool in_loop_ = false;
+  bool differs_ = false;  ///< the program of a general one did not serve it
   std::vector<std::vector<int64_t>> marked_;  ///< values of the symbols of the user's marks
   uint64_t sizes_ = 0;
   uint64_t ops_ = 0;
@@ -102,6 +113,8 @@ class PatternTree {
     bool boundary = false;
     /// At or below it lies a pattern with a program.
     bool ready = false;
+    /// A view, which any number of others like it may follow: see `collapse`.
+    bool repeats = false;
     std::shared_ptr<Pattern> pattern;
     /// Of a root: see `collection_at_start`.
     std::vector<c10::OperatorHandle> collections;
@@ -115,14 +128,19 @@ class PatternTree {
   /// The root for an environment (`environment_key`).
   Node* root(uint64_t environment);
 
-  /// The child whose step is alike, floats included; or null.
-  static Node* find(const Node* node, const Step& step);
+  /// The child whose step is alike, floats included, or `node` itself where such steps repeat;
+  /// or null.
+  static Node* find(Node* node, const Step& step);
+  /// Whether `node` is one that steps like this repeat.
+  static bool repeats(const Node& node, const Step& step);
 
   static const std::shared_ptr<Pattern>& pattern_of(Node& node);
 
   /// Where a loop in the first `count` steps runs another number of times than it did in a
   /// path that begins alike; nothing where no loop is found. A run of views, or a step with a
-  /// list of another length than there, counts as one: `collection_at_start` knows it from then on.
+  /// list of another length than there, counts as one: `collection_at_start` knows it from then
+  /// on. A run of views of one storage does not, whose number is of no account from then on.
+  /// Pointers to nodes are no longer good.
   std::optional<Loop> loop_of_other_length(uint64_t environment, const std::vector<StepPtr>& steps,
                                            size_t count);
   /// How many of the first steps make or take what a loop goes through: views of all its
@@ -151,6 +169,11 @@ class PatternTree {
   /// More nodes are all forgotten: the patterns that go on are found again.
   static constexpr size_t kMostNodes = 1 << 16;
 
+  std::optional<Loop> find_loop_of_other_length(uint64_t environment,
+                                                const std::vector<StepPtr>& steps, size_t count);
+  /// Makes one node of a run of views of one storage. Returns false for other loops.
+  bool collapse(uint64_t environment, const std::vector<StepPtr>& steps, const Loop& loop);
+  void remove(std::unique_ptr<Node> top);
   bool is_collection(uint64_t environment, const Step& step) const;
   void note_collection(uint64_t environment, const Step& step);
 

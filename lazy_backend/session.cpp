@@ -16,6 +16,7 @@
 #include <sstream>
 #include <string_view>
 #include <thread>
+#include <unordered_set>
 
 #include "compiler_bridge/compile_queue.h"
 #include "lazy_backend/below_user_modes.h"
@@ -774,6 +775,9 @@ bool Session::infer(const c10::OperatorHandle& op, const OpPolicy& how,
 }
 
 PatternTree::Node* Session::next_pattern(Step& step) const {
+  if (pattern_->repeats && pattern_->step->takes_alike(step, /*floats_may_differ=*/false)) {
+    return pattern_;
+  }
   for (const auto& next : pattern_->next) {
     const Step& like = *next->step;
     if (!next->ready || !like.takes_alike(step, /*floats_may_differ=*/true)) continue;
@@ -990,6 +994,7 @@ size_t Session::cut_loops(size_t count) {
 
 size_t Session::cut_loop(size_t count) {
   if (!options().dynamic_shapes || function_ != 0) return 0;
+  alike_ = nullptr;
   const auto loop = patterns_.loop_of_other_length(environment_, log_, count);
   if (!loop) return 0;
   REPRISE_LOG(1, "a loop of ", loop->period, " ops has another length than before, ",
@@ -1008,9 +1013,14 @@ size_t Session::cut_loop(size_t count) {
     return loop->end;
   }
   // Two iterations, to see which of their numbers change; the others are like these.
+  const int kept = kIterationsKept + (loop->first_coincides ? 1 : 0);
   size_t done = loop->begin;
-  for (int k = 0; k < kIterationsKept && done + loop->period <= loop->end; ++k) {
-    drop_front(loop->period, Cut::kIteration);
+  std::shared_ptr<Pattern> first;
+  for (int k = 0; k < kept && done + loop->period <= loop->end; ++k) {
+    const auto pattern = drop_front(loop->period, Cut::kIteration);
+    if (pattern != nullptr) pattern->note_loop();
+    if (k == 0) first = pattern;
+    if (k == 1 && loop->first_coincides && first && pattern) first->become_case_of(pattern);
     done += loop->period;
   }
   if (done < loop->end) forget_front(loop->end - done);
@@ -1041,7 +1051,8 @@ Node* Session::insert(size_t count, Cut cut, PatternTree::Node* pattern) {
   Node* node = root_;
   for (size_t k = 0; k < count; ++k) node = tree_.extend(node, log_[k]);
   const std::span<const StepPtr> steps(log_.data(), count);
-  const bool nothing_to_compile = cut == Cut::kCollection || only_aliases(steps);
+  const bool nothing_to_compile = cut == Cut::kCollection || only_aliases(steps) ||
+                                  (cut == Cut::kIteration && nothing_to_fuse(steps));
   if (nothing_to_compile) end_of(*node).interpreted_only = true;
   if (pattern != nullptr) {
     SegmentEnd& end = end_of(*node);
@@ -1054,7 +1065,7 @@ Node* Session::insert(size_t count, Cut cut, PatternTree::Node* pattern) {
     pattern->cut = pattern->cut || cut != Cut::kNone;
     if (cut == Cut::kIteration && !pattern->boundary) {
       patterns_.set_boundary(pattern);
-      cut_other_sizes(steps, nothing_to_compile ? nullptr : shared);
+      cut_other_sizes(pattern, nothing_to_compile ? nullptr : shared);
     }
   }
   if (cut == Cut::kCollection && !node->cut) {  // what came after it lies behind
@@ -1066,11 +1077,26 @@ Node* Session::insert(size_t count, Cut cut, PatternTree::Node* pattern) {
   return node;
 }
 
-void Session::cut_other_sizes(std::span<const StepPtr> steps,
-                              const std::shared_ptr<Pattern>& pattern) {
+void Session::cut_other_sizes(PatternTree::Node* place, const std::shared_ptr<Pattern>& pattern) {
   launch_closed();
   follow_ = nullptr;
-  for (Node* node : TraceTree::find_alike(root_, steps)) {
+  std::unordered_set<const PatternTree::Node*> way;
+  for (const PatternTree::Node* node = place; node != nullptr; node = node->parent) way.insert(node);
+  std::vector<Node*> ends;
+  std::vector<std::pair<Node*, PatternTree::Node*>> open{{root_, patterns_.root(environment_)}};
+  while (!open.empty()) {
+    const auto [node, at] = open.back();
+    open.pop_back();
+    if (at == place) {
+      ends.push_back(node);
+      continue;
+    }
+    for (Node* child = node->child; child != nullptr; child = child->sibling) {
+      PatternTree::Node* next = PatternTree::find(at, *child->step);
+      if (next != nullptr && way.contains(next)) open.emplace_back(child, next);
+    }
+  }
+  for (Node* node : ends) {
     node->cut = true;
     tree_.cut_off(node);
     SegmentEnd& end = end_of(*node);
@@ -1081,7 +1107,7 @@ void Session::cut_other_sizes(std::span<const StepPtr> steps,
   }
 }
 
-void Session::drop_front(size_t count, Cut cut) {
+std::shared_ptr<Pattern> Session::drop_front(size_t count, Cut cut) {
   metrics().segments_recorded.add(1);
   Node* node = insert(count, cut);
   SegmentEnd& end = reached(*node);
@@ -1090,7 +1116,9 @@ void Session::drop_front(size_t count, Cut cut) {
     end.symbols = symbolic_.text();
     REPRISE_LOG(1, end.name, ": recorded a step of ", count, " ops");
   }
+  std::shared_ptr<Pattern> pattern = end.pattern;
   forget_front(count);
+  return pattern;
 }
 
 void Session::forget_front(size_t count) {

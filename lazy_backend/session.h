@@ -173,7 +173,9 @@ class Session final : private GuardListener {
     Cut cut = Cut::kNone;
     size_t count = 0;
   };
-  void drop_front(size_t count, Cut cut);
+  /// The first steps of the log become a segment. Returns its pattern, which is null where
+  /// nothing is to be compiled.
+  std::shared_ptr<Pattern> drop_front(size_t count, Cut cut);
   void forget_front(size_t count);
   /// The finder says that the first `count` steps of the log are a step of the user's.
   void drop_found_step(size_t count);
@@ -185,9 +187,9 @@ class Session final : private GuardListener {
   size_t cut_loops(size_t count);
   /// As above for one loop. Returns how many steps this took from the front; 0: there is none.
   size_t cut_loop(size_t count);
-  /// A segment ends after these steps at all sizes that were recorded. `pattern`: theirs;
-  /// null where there is nothing to compile.
-  void cut_other_sizes(std::span<const StepPtr> steps, const std::shared_ptr<Pattern>& pattern);
+  /// A segment ends here among the patterns, and so it does at all sizes that were recorded.
+  /// `pattern`: theirs; null where there is nothing to compile.
+  void cut_other_sizes(PatternTree::Node* place, const std::shared_ptr<Pattern>& pattern);
   /// `pattern`: where the steps lie among the patterns, if that is known.
   Node* insert(size_t count, Cut cut, PatternTree::Node* pattern = nullptr);
   void make_room();

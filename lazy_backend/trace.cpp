@@ -9,6 +9,7 @@
 #include <bit>
 #include <compare>
 #include <cstring>
+#include <unordered_map>
 
 namespace reprise {
 
@@ -381,6 +382,36 @@ StepPtr taking_dynamic_floats(StepPtr step, const Step& like) {
   }
   if (changed) return changed;
   return step;
+}
+
+std::vector<StepPtr> without_unused_views(std::span<const StepPtr> steps) {
+  std::unordered_map<uint32_t, c10::SmallVector<const Geometry*, 4>> used;  // by slot
+  const auto is_used = [&](uint32_t slot, const Geometry& geometry) {
+    const auto found = used.find(slot);
+    return found != used.end() &&
+           std::any_of(found->second.begin(), found->second.end(), [&](const Geometry* other) {
+             return other == &geometry || *other == geometry;
+           });
+  };
+  std::vector<StepPtr> kept;
+  kept.reserve(steps.size());
+  for (size_t k = steps.size(); k-- > 0;) {
+    const Step& step = *steps[k];
+    // One that is the first to meet a storage gives it its number.
+    bool wanted = !step.only_aliases || step.slot_count > 0;
+    if (!wanted) {
+      for_each_result(step.results, [&](const Result& result) {
+        wanted = wanted || is_used(result.slot, *result.geometry);
+      });
+    }
+    if (!wanted) continue;
+    for_each_tensor(step.args, [&](const Arg& arg) {
+      if (!is_used(arg.slot, arg.geometry())) used[arg.slot].push_back(&arg.geometry());
+    });
+    kept.push_back(steps[k]);
+  }
+  std::reverse(kept.begin(), kept.end());
+  return kept;
 }
 
 bool Step::same(const Step& other, bool floats_may_differ) const {

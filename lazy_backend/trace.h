@@ -243,6 +243,10 @@ void for_each_result(const std::vector<Result>& results, const Visit& visit) {
   }
 }
 
+/// These steps but for views that none of them takes: a view is only metadata, and of a run of
+/// them, as long as a loop that will go through it, few may be used here.
+std::vector<StepPtr> without_unused_views(std::span<const StepPtr> steps);
+
 /// The values of the dynamic scalars in the order of their places in the trace.
 using ScalarValues = std::vector<double>;
 

@@ -144,20 +144,6 @@ Node* TraceTree::extend(Node* node, StepPtr step) {
   return child;
 }
 
-std::vector<Node*> TraceTree::find_alike(Node* root, std::span<const StepPtr> steps) {
-  std::vector<Node*> nodes{root};
-  for (const StepPtr& step : steps) {
-    std::vector<Node*> next;
-    for (const Node* node : nodes) {
-      for (Node* child = node->child; child != nullptr; child = child->sibling) {
-        if (child->step->alike(*step, /*floats_may_differ=*/true)) next.push_back(child);
-      }
-    }
-    nodes = std::move(next);
-  }
-  return nodes;
-}
-
 void TraceTree::cut_off(Node* node) {
   for (Node* child = std::exchange(node->child, nullptr); child != nullptr;) {
     for_each_below(std::exchange(child, child->sibling), [&](Node* below) {

@@ -68,9 +68,6 @@ class TraceTree {
   /// As `find`, and adds it where it is missing.
   Node* extend(Node* node, StepPtr step);
 
-  /// The ends below `root` of all paths whose steps are alike (`Step::alike`).
-  static std::vector<Node*> find_alike(Node* root, std::span<const StepPtr> steps);
-
   /// Forgets all below `node`, of which nothing may be in use.
   void cut_off(Node* node);
 
