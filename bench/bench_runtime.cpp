@@ -14,6 +14,8 @@
 ///   verified            ops of the timed calls that were verified, not replayed
 ///   share_of_cores      calls of all threads in proportion to those of one thread times the
 ///                       cores
+///   eager_share         the same of eager, each thread with tensors of its own: what the machine
+///                       gives such work
 ///   ms_to_first_replay  from the end of the first step, which is recorded, to the end of the
 ///                       first that a compiled program has a part in; median of the starts
 ///   python_mapped       whether a start has had libpython in its memory, 0 or 1
@@ -118,33 +120,43 @@ void gpt_training(benchmark::State& state) {
 void threads(benchmark::State& state) {
   constexpr int kThreads = 8;
   torch::NoGradGuard no_grad;
-  const auto weight = torch::rand({64, 64}).to(torch::kLazy);
-  const auto compiled = reprise::compile([=](const torch::Tensor& x) {
-    auto y = x;
+  const auto layers = [](torch::Tensor y, const torch::Tensor& weight) {
     for (int k = 0; k < 4; ++k) y = torch::tanh(y.matmul(weight) * 0.1);
     return y;
-  });
+  };
+  const auto weight = torch::rand({64, 64}).to(torch::kLazy);
+  const auto compiled =
+      reprise::compile([=](const torch::Tensor& x) { return layers(x, weight); });
   const auto work = [&](int64_t calls) {
     torch::NoGradGuard guard;
     const auto x = torch::rand({32, 64}).to(torch::kLazy);
     for (int64_t k = 0; k < calls; ++k) compiled(x);
   };
+  const auto eager_work = [&](int64_t calls) {
+    torch::NoGradGuard guard;
+    const auto x = torch::rand({32, 64}), own_weight = torch::rand({64, 64});
+    for (int64_t k = 0; k < calls; ++k) layers(x, own_weight);
+  };
   for (int call = 0; call < 64; ++call) {
     work(1);
     reprise::wait_for_compiles();
   }
-  const auto timing = bench::time_in_pairs(
-      [&](int64_t calls) { return kThreads * bench::seconds_of(1, [&] { work(calls); }); },
-      [&](int64_t calls) {
-        return bench::seconds_of(1, [&] {
-          std::vector<std::thread> all;
-          for (int k = 0; k < kThreads; ++k) all.emplace_back(work, calls);
-          for (std::thread& thread : all) thread.join();
-        });
-      });
-  for (auto _ : state) work(1);
   const int cores = std::min<int>(static_cast<int>(std::thread::hardware_concurrency()), kThreads);
-  state.counters["share_of_cores"] = timing.speedup / cores;
+  const auto share_of_cores = [&](const std::function<void(int64_t)>& calls_of_one) {
+    const auto timing = bench::time_in_pairs(
+        [&](int64_t calls) { return kThreads * bench::seconds_of(1, [&] { calls_of_one(calls); }); },
+        [&](int64_t calls) {
+          return bench::seconds_of(1, [&] {
+            std::vector<std::thread> all;
+            for (int k = 0; k < kThreads; ++k) all.emplace_back(calls_of_one, calls);
+            for (std::thread& thread : all) thread.join();
+          });
+        });
+    return timing.speedup / cores;
+  };
+  for (auto _ : state) work(1);
+  state.counters["share_of_cores"] = share_of_cores(work);
+  state.counters["eager_share"] = share_of_cores(eager_work);
 }
 
 /// What a start of the small program tells of itself.

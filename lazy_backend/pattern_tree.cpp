@@ -150,7 +150,6 @@ bool Pattern::note_inferred(const std::vector<StepPtr>& steps) {
 
 void Pattern::drop_programs() {
   requested_ = program_ = nullptr;
-  general_ = nullptr;
   unserved_ = true;
   examples_.clear();
   sizes_ = ops_ = 0;

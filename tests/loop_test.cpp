@@ -113,6 +113,23 @@ TEST_F(Loops, ThatBeginWithOneTensorInTwoRoles) {
       {.first = {5, 8, 6, 10}, .others = {7, 20}, .programs = 2});
 }
 
+TEST_F(Loops, ThatBeginWithOneTensorInTwoRolesAndCount) {
+  expect_few_programs(
+      [](torch::Device device) -> LoopedStep {
+        const auto w = random(device, {8, 8}) * 0.3, x = random(device, {4, 24, 8});
+        return [=](int64_t times) -> Tensors {
+          const auto zeros = torch::zeros({4, 8}, x.options());
+          Tensors state{zeros, zeros};
+          for (int64_t k = 0; k < times; ++k) {
+            state = recurrent_cell(x.select(1, k), state, w);
+            state[0] = state[0] * (1 - 0.8 * static_cast<double>(k) / static_cast<double>(times));
+          }
+          return {state[0], state[1].sum()};
+        };
+      },
+      {.first = {5, 8, 6, 10}, .others = {7, 20}, .programs = 3});
+}
+
 TEST_F(Loops, ThatBeginWithOneTensorWhichIsWritten) {
   // Eager's first iteration sees its own writes through the other name.
   expect_few_programs(
