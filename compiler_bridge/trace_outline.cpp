@@ -1,8 +1,13 @@
 #include "compiler_bridge/trace_outline.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
+#include <bit>
+
+#include "lazy_backend/below_user_modes.h"
+#include "lazy_backend/device.h"
 
 namespace reprise {
 namespace {
@@ -11,6 +16,13 @@ struct MadeResult {
   const Geometry* geometry;
   size_t nbytes;
 };
+
+/// The number as an input of a program that knows no other.
+at::Tensor as_tensor(double number, c10::Device device) {
+  c10::InferenceMode normal_tensors(false);
+  const BelowUserModes below;
+  return at::scalar_tensor(number, at::TensorOptions().dtype(c10::kDouble).device(device));
+}
 
 }  // namespace
 
@@ -29,14 +41,35 @@ bool TraceOutline::apply(Program& program, std::vector<int64_t>& values) const {
   const auto differ = [&](const Same& pair) { return !(geometry(pair.a) == geometry(pair.b)); };
   if (std::any_of(same.begin(), same.end(), differ)) return false;
 
+  std::vector<ProgramInput> scalars;
+  uint32_t own = 0;
+  for (const Float& each : floats) {
+    const Arg& arg = program.steps[each.step]->args[each.argument];
+    if (!each.dynamic) {
+      if (arg.dynamic || std::bit_cast<uint64_t>(arg.number()) != std::bit_cast<uint64_t>(each.value)) {
+        return false;
+      }
+      continue;
+    }
+    ProgramInput input;
+    input.geometry.dtype = c10::kDouble;
+    input.kind = arg.dynamic ? ProgramInput::Kind::kScalar : ProgramInput::Kind::kConstant;
+    if (arg.dynamic) {
+      input.index = own++;
+    } else {
+      input.constant = as_tensor(arg.number(), backing_device_of(program.device_index));
+    }
+    scalars.push_back(std::move(input));
+  }
+
   program.writes_inputs = writes_inputs;
   program.inputs.clear();
   program.outputs.clear();
   const auto add = [&](c10::IntArrayRef list) { values.insert(values.end(), list.begin(), list.end()); };
   for (const Input& each : inputs) {
-    ProgramInput input{each.kind, each.index, {}};
+    ProgramInput input{each.kind, each.index, {}, {}};
     if (each.kind == ProgramInput::Kind::kScalar) {
-      input.geometry.dtype = c10::kDouble;
+      input = scalars[each.index];
     } else {
       input.geometry = geometry(each.geometry);
     }

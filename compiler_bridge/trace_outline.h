@@ -32,6 +32,12 @@ struct TraceOutline {
   struct Integer {
     uint32_t step = 0, argument = 0;
   };
+  /// An argument that is a float, dynamic or not.
+  struct Float {
+    uint32_t step = 0, argument = 0;
+    bool dynamic = false;
+    double value = 0;  ///< where it is not dynamic
+  };
   /// Where the trace has one value for both, their geometries are the same.
   struct Same {
     Source a, b;
@@ -40,6 +46,7 @@ struct TraceOutline {
   std::vector<Input> inputs;
   std::vector<Output> outputs;
   std::vector<Integer> integers;  ///< in their order in the trace, after those of inputs
+  std::vector<Float> floats;
   std::vector<Same> same;
   bool writes_inputs = false;
   /// The trace has parts that follow from geometries in other ways.
@@ -47,7 +54,8 @@ struct TraceOutline {
 
   /// Sets `inputs`, `outputs` and `writes_inputs` of a program whose steps are alike to
   /// those that this was made of, and returns the integers of its trace in `values`. False
-  /// where its trace would not be that one but for integers.
+  /// where its trace would not be that one but for integers, and for floats that are dynamic
+  /// there: one that is a constant here is an input all the same.
   bool apply(Program& program, std::vector<int64_t>& values) const;
 };
 

@@ -155,11 +155,16 @@ class Writer {
         geometries.push_back(arg.geometry());
       });
       count_scalars(step.args, scalars, scalar_inputs);
+      for (uint32_t a = 0; a < step.args.size(); ++a) {
+        const Arg& arg = step.args[a];
+        if (!arg.is_float()) continue;
+        outline_.floats.push_back({k, a, arg.dynamic, arg.dynamic ? 0 : arg.number()});
+      }
       for_each_result(step.results, [&](const Result& result) {
         made[key(result.slot, *result.geometry)] = true;
       });
       if (is_random(step)) {
-        ProgramInput input{ProgramInput::Kind::kRandom, k, {}};
+        ProgramInput input{ProgramInput::Kind::kRandom, k, {}, {}};
         input.geometry = step.randomness == Randomness::kFills ? step.args[0].geometry()
                                                                : *step.results[0].geometry;
         random_inputs.push_back(std::move(input));
@@ -167,7 +172,7 @@ class Writer {
     }
     for (const uint32_t slot : order) {
       const auto& geometries = seen[slot];
-      ProgramInput input{ProgramInput::Kind::kSlot, slot, geometries.front()};
+      ProgramInput input{ProgramInput::Kind::kSlot, slot, geometries.front(), {}};
       if (geometries.size() > 1 || geometries.front().conjugate || geometries.front().negative) {
         input.geometry = whole(geometries);
         outline_.complete = false;
@@ -200,7 +205,7 @@ class Writer {
       Geometry geometry;
       geometry.dtype = c10::kDouble;
       inputs.push_back(
-          {ProgramInput::Kind::kScalar, static_cast<uint32_t>(count++), std::move(geometry)});
+          {ProgramInput::Kind::kScalar, static_cast<uint32_t>(count++), std::move(geometry), {}});
     }
   }
 

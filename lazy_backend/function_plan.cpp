@@ -205,6 +205,10 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
         plan->constants[k] = backing_tensor(nothing, input.geometry);
         break;
       }
+      case ProgramInput::Kind::kConstant:
+        plan->inputs.push_back({Kind::kNumber, input.index});
+        plan->constants[k] = input.constant;
+        break;
       case ProgramInput::Kind::kRandom: {
         const auto number = static_cast<uint32_t>(plan->random_steps.size());
         plan->inputs.push_back({Kind::kRandom, number});

@@ -65,9 +65,9 @@ bool Pattern::request_another(const std::string& name, const std::vector<StepPtr
   if (!unserved_ || sizes_ < (in_loop_ ? 2 : enough_sizes()) || requests_ >= kMostRequests || examples_.empty()) {
     return false;
   }
-  request(name, steps, segment);
+  const bool requested = request(name, steps, segment);
   remember(without_unused_views(steps));
-  return true;
+  return requested;
 }
 
 void Pattern::remember(std::vector<StepPtr> steps) {
@@ -100,7 +100,7 @@ bool Pattern::request_marked(const std::string& name, const std::vector<StepPtr>
   return awaits();
 }
 
-void Pattern::request(const std::string& name, const std::vector<StepPtr>& steps,
+bool Pattern::request(const std::string& name, const std::vector<StepPtr>& steps,
                       const Segment& segment) {
   auto program = std::make_shared<Program>();
   program->name = name;
@@ -108,7 +108,14 @@ void Pattern::request(const std::string& name, const std::vector<StepPtr>& steps
   const Step& last = *steps.back();
   program->live = segment.live_slots(last.first_slot + last.slot_count);
   program->device_index = last.device_index;
-  program->other_sizes = examples_;
+  // A float that changes from size to size may be the same at one of them.
+  for (std::vector<StepPtr> other : examples_) {
+    if (other.size() != program->steps.size()) continue;
+    for (size_t k = 0; k < other.size(); ++k) {
+      other[k] = taking_dynamic_floats(std::move(other[k]), *program->steps[k]);
+    }
+    program->other_sizes.push_back(std::move(other));
+  }
   for (const auto& symbols : marked_) {
     std::vector<StepPtr> other;
     for (const StepPtr& step : program->steps) {
@@ -118,12 +125,14 @@ void Pattern::request(const std::string& name, const std::vector<StepPtr>& steps
     }
     if (other.size() == program->steps.size()) program->other_sizes.push_back(std::move(other));
   }
+  if (program->other_sizes.empty()) return false;  // each goes through other views
   requested_ = program;
   ++requests_;
   next_request_ = 2 * sizes_;
   unserved_ = false;
   metrics().programs_requested.add(1);
   CompileQueue::get().push(std::move(program));
+  return true;
 }
 
 const std::shared_ptr<Program>& Pattern::program() {

@@ -80,7 +80,8 @@ class Pattern {
   static constexpr int kMostRequests = 4;
   static constexpr size_t kMostRemembered = 4096;
 
-  void request(const std::string& name, const std::vector<StepPtr>& steps, const Segment& segment);
+  /// Returns false where there is no other size whose steps are alike.
+  bool request(const std::string& name, const std::vector<StepPtr>& steps, const Segment& segment);
   /// Among the examples, of which the ones that differ most are kept.
   void remember(std::vector<StepPtr> steps);
 

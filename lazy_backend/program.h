@@ -23,10 +23,12 @@ struct ProgramInput {
     kScalar,  ///< dynamic scalar number `index`, as a 0-dim float64 tensor
     kRandom,  ///< the random numbers of step `index`
     kNumber,  ///< an integer that only the size of `geometry` says: it has no elements in memory
+    kConstant,  ///< `constant`: what is a dynamic scalar where the program was made for
   };
   Kind kind = Kind::kSlot;
   uint32_t index = 0;
   Geometry geometry;
+  at::Tensor constant;
 };
 
 /// A created slot that the program returns.

@@ -140,6 +140,9 @@ std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots
       case ProgramInput::Kind::kNumber:
         inputs.push_back(slots[k]);
         break;
+      case ProgramInput::Kind::kConstant:
+        inputs.push_back(input.constant);
+        break;
     }
   }
   return inputs;

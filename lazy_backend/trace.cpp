@@ -133,6 +133,11 @@ bool same_constant(const c10::IValue& a, const c10::IValue& b) {
 
 }  // namespace
 
+bool Arg::is_float() const {
+  return kind == Kind::kDouble ||
+         (kind == Kind::kNumber && constant().toTensor().scalar_type() == c10::kDouble);
+}
+
 double Arg::number() const {
   return kind == Kind::kNumber ? constant().toTensor().item<double>() : d;
 }

@@ -86,6 +86,8 @@ struct Arg {
     bool b;
   };
 
+  /// Whether it is kDouble, or kNumber with a float64 tensor.
+  bool is_float() const;
   /// Of kDouble and kNumber, the value when it was recorded.
   double number() const;
   const Geometry& geometry() const { return *static_cast<const Geometry*>(data_.get()); }

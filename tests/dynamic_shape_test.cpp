@@ -104,6 +104,20 @@ TEST_F(DynamicShapes, FloatsThatChangeStayInputs) {
       {{4}, {6}, {5}, {9}});
 }
 
+TEST_F(DynamicShapes, AFloatThatFollowsFromTheSizeIsAnInputAtEverySize) {
+  // At each size it is a constant of the record; the program of all sizes takes it.
+  expect_few_programs(
+      [](torch::Device device) -> SizedStep {
+        const auto w = random(device, {8});
+        return [=](torch::IntArrayRef size) -> Tensors {
+          const auto x = torch::rand({size[0], 8}).to(device);
+          const auto mean = x.sin().mul(1.0 / static_cast<double>(size[0])).sum(0);
+          return {torch::tanh(mean * w), (x - mean) * 0.5};
+        };
+      },
+      {{4}, {6}, {5}, {33}, {9}}, {.compiled = 1});
+}
+
 TEST_F(DynamicShapes, ASizeThatRunsOftenGetsAProgramOfItsOwn) {
   options().demote_slow_programs = true;
   const auto program = [](torch::Device device) -> SizedStep {
