@@ -218,7 +218,9 @@ void share_program(SegmentEnd& end, const Segment& segment) {
   end.unserved_by = like;
   auto program = std::make_shared<Program>();
   program->name = end.name;
-  program->steps = without_unused_views(end.steps);
+  // As many: none was left out there.
+  const bool as_many = end.steps.size() == like->steps.size();
+  program->steps = as_many ? end.steps : without_unused_views(end.steps);
   program->device_index = like->device_index;
   if (!(end.pattern->is_case() ? share_as_if_distinct : share)(*program, *like, segment)) {
     end.pattern->note_unserved();
@@ -263,7 +265,10 @@ void launch(Node& node, Segment& segment) {
   const BelowUserModes below;
 
   if (end.wider != nullptr && end.wider->state != Program::State::kQueued) {
-    if (end.wider->state == Program::State::kReady) end.serve(end.wider);
+    if (end.wider->state == Program::State::kReady) {
+      end.serve(end.wider);
+      end.about_own.clear();  // whose contest is over
+    }
     end.wider = nullptr;
   }
   if (C10_UNLIKELY(end.own != nullptr && end.own->state != Program::State::kQueued)) {

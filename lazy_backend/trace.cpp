@@ -9,7 +9,6 @@
 #include <bit>
 #include <compare>
 #include <cstring>
-#include <unordered_map>
 
 namespace reprise {
 
@@ -390,20 +389,22 @@ StepPtr taking_dynamic_floats(StepPtr step, const Step& like) {
 }
 
 std::vector<StepPtr> without_unused_views(std::span<const StepPtr> steps) {
-  std::unordered_map<uint32_t, c10::SmallVector<const Geometry*, 4>> used;  // by slot
+  const auto is_view = [](const StepPtr& step) { return step->only_aliases && step->slot_count == 0; };
+  if (std::none_of(steps.begin(), steps.end(), is_view)) return {steps.begin(), steps.end()};
+  uint32_t slots = 0;
+  for (const StepPtr& step : steps) slots = std::max(slots, step->first_slot + step->slot_count);
+  std::vector<c10::SmallVector<const Geometry*, 2>> used(slots);
   const auto is_used = [&](uint32_t slot, const Geometry& geometry) {
-    const auto found = used.find(slot);
-    return found != used.end() &&
-           std::any_of(found->second.begin(), found->second.end(), [&](const Geometry* other) {
-             return other == &geometry || *other == geometry;
-           });
+    return std::any_of(used[slot].begin(), used[slot].end(), [&](const Geometry* other) {
+      return other == &geometry || *other == geometry;
+    });
   };
   std::vector<StepPtr> kept;
   kept.reserve(steps.size());
   for (size_t k = steps.size(); k-- > 0;) {
     const Step& step = *steps[k];
     // One that is the first to meet a storage gives it its number.
-    bool wanted = !step.only_aliases || step.slot_count > 0;
+    bool wanted = !is_view(steps[k]);
     if (!wanted) {
       for_each_result(step.results, [&](const Result& result) {
         wanted = wanted || is_used(result.slot, *result.geometry);
