@@ -17,11 +17,12 @@ struct MadeResult {
   size_t nbytes;
 };
 
-/// The number as an input of a program that knows no other.
+/// The number as an input of a program that knows no other. It is there at once, whichever
+/// stream the program will run on.
 at::Tensor as_tensor(double number, c10::Device device) {
   c10::InferenceMode normal_tensors(false);
   const BelowUserModes below;
-  return at::scalar_tensor(number, at::TensorOptions().dtype(c10::kDouble).device(device));
+  return at::scalar_tensor(number, at::TensorOptions().dtype(c10::kDouble)).to(device);
 }
 
 }  // namespace

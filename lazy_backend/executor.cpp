@@ -185,13 +185,19 @@ void conclude(SegmentEnd& end) {
 
 bool share(Program& program, const Program& like, const Segment& segment) {
   program.live = like.live;
-  return covers(program, segment) && CompileQueue::get().share(program, like);
+  // Of the views that they go through, they may use other ones.
+  return covers(program, segment) && alike(program.steps, like.steps, /*floats_may_differ=*/true) &&
+         CompileQueue::get().share(program, like);
 }
 
 /// As `share`, where the inputs of `like` are distinct and some of the program's coincide.
-bool share_as_if_distinct(Program& program, const Program& like, const Segment& segment) {
+bool share_as_if_distinct(Program& program, const Program& like, const Segment& segment,
+                          Pattern& pattern) {
   auto distinct = as_if_distinct(program.steps, like.steps, /*floats_may_differ=*/false);
-  if (!distinct) return false;
+  if (!distinct) {
+    pattern.note_no_case();
+    return false;
+  }
   const std::vector<uint32_t>& slots = distinct->slots;
   const auto as_they_were = [&](std::vector<uint32_t> live) {
     for (uint32_t& slot : live) slot = slots[slot];  // in the same order: no input is among them
@@ -218,11 +224,12 @@ void share_program(SegmentEnd& end, const Segment& segment) {
   end.unserved_by = like;
   auto program = std::make_shared<Program>();
   program->name = end.name;
-  // As many: none was left out there.
-  const bool as_many = end.steps.size() == like->steps.size();
-  program->steps = as_many ? end.steps : without_unused_views(end.steps);
+  program->steps = without_unused_views(end.steps);
   program->device_index = like->device_index;
-  if (!(end.pattern->is_case() ? share_as_if_distinct : share)(*program, *like, segment)) {
+  const bool shared = end.pattern->is_case()
+                          ? share_as_if_distinct(*program, *like, segment, *end.pattern)
+                          : share(*program, *like, segment);
+  if (!shared) {
     end.pattern->note_unserved();
     return;
   }

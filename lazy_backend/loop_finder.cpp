@@ -25,12 +25,6 @@ Body taken_alone(std::span<const StepPtr> steps, size_t begin, size_t count) {
   return body;
 }
 
-bool alike(const Body& a, const Body& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto& x, const auto& y) {
-    return x->alike(*y, /*floats_may_differ=*/true);
-  });
-}
-
 /// Whether the same ops are called in both stretches.
 bool same_ops(std::span<const StepPtr> steps, size_t a, size_t b, size_t count) {
   for (size_t k = 0; k < count; ++k) {
@@ -83,7 +77,8 @@ std::optional<Loop> find_loop(std::span<const StepPtr> steps, size_t exit) {
     }
     const Body body = taken_alone(steps, exit - period, period);
     const auto is_iteration = [&](size_t at) {
-      return same_ops(steps, at, exit, period) && alike(body, taken_alone(steps, at, period));
+      return same_ops(steps, at, exit, period) &&
+             alike(body, taken_alone(steps, at, period), /*floats_may_differ=*/true);
     };
     if (!is_iteration(exit) || !is_iteration(exit - 2 * period)) continue;
     Loop loop{exit - 2 * period, period, exit + period, views};

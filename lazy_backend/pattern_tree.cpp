@@ -16,6 +16,12 @@ uint64_t enough_sizes() {
   return static_cast<uint64_t>(std::max<int64_t>(options().sizes_before_dynamic, 2));
 }
 
+bool same_but_for_floats(std::span<const StepPtr> a, std::span<const StepPtr> b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const StepPtr& x, const StepPtr& y) {
+    return x->same(*y, /*floats_may_differ=*/true);
+  });
+}
+
 void drop_programs_below(PatternTree::Node& top) {
   std::vector<PatternTree::Node*> open{&top};
   while (!open.empty()) {
@@ -52,17 +58,21 @@ void Pattern::become_case_of(const std::shared_ptr<Pattern>& general) {
   examples_.clear();
 }
 
-void Pattern::note_unserved() {
-  unserved_ = true;
-  differs_ = differs_ || is_case();
+uint64_t Pattern::enough() const { return in_loop_ ? 2 : enough_sizes(); }
+
+void Pattern::note_no_case() {
+  differs_ = true;
   general_ = nullptr;
 }
 
 bool Pattern::request_another(const std::string& name, const std::vector<StepPtr>& steps,
                               const Segment& segment) {
-  if (is_case()) return general_->awaits() || general_->requests_ == 0;
+  if (is_case()) {
+    const Pattern& general = *general_;
+    return general.awaits() || (general.requests_ == 0 && general.sizes_ >= general.enough());
+  }
   if (awaits()) return true;
-  if (!unserved_ || sizes_ < (in_loop_ ? 2 : enough_sizes()) || requests_ >= kMostRequests || examples_.empty()) {
+  if (!unserved_ || sizes_ < enough() || requests_ >= kMostRequests || examples_.empty()) {
     return false;
   }
   const bool requested = request(name, steps, segment);
@@ -108,9 +118,10 @@ bool Pattern::request(const std::string& name, const std::vector<StepPtr>& steps
   const Step& last = *steps.back();
   program->live = segment.live_slots(last.first_slot + last.slot_count);
   program->device_index = last.device_index;
-  // A float that changes from size to size may be the same at one of them.
   for (std::vector<StepPtr> other : examples_) {
-    if (other.size() != program->steps.size()) continue;
+    const bool is_this_size = same_but_for_floats(program->steps, other);
+    if (is_this_size || !alike(program->steps, other, /*floats_may_differ=*/true)) continue;
+    // A float that changes from size to size may be the same at one of them.
     for (size_t k = 0; k < other.size(); ++k) {
       other[k] = taking_dynamic_floats(std::move(other[k]), *program->steps[k]);
     }
@@ -230,19 +241,30 @@ std::optional<Loop> PatternTree::loop_of_other_length(uint64_t environment,
 bool PatternTree::collapse(uint64_t environment, const std::vector<StepPtr>& steps,
                            const Loop& loop) {
   if (!loop.collection || loop.period != 1) return false;
-  // The first of them may be the one that meets the storage.
-  const size_t begin = loop.begin + (steps[loop.begin]->slot_count > 0 ? 1 : 0);
-  if (begin + 1 >= loop.end) return false;
-  const Step& view = *steps[begin];
-  for (size_t k = begin; k < loop.end; ++k) {
-    const Step& step = *steps[k];
-    if (!step.only_aliases || step.slot_count > 0 || !view.alike(step, false)) return false;
+  // Of several storages there is one run after the other, and the first view of each may be
+  // the one that meets the storage.
+  bool collapsed = false;
+  for (size_t begin = loop.begin; begin + 1 < loop.end;) {
+    const Step& view = *steps[begin];
+    size_t end = begin + 1;
+    if (view.slot_count == 0 && view.only_aliases) {
+      while (end < loop.end && view.alike(*steps[end], /*floats_may_differ=*/false)) ++end;
+    }
+    if (end - begin > 1) {
+      const Way way = follow(root(environment), steps, begin + 1);
+      if (way.depth == begin + 1 && !way.last->repeats) {
+        REPRISE_LOG(1, "a run of ", end - begin, " views by ", view.op.operator_name(),
+                    " has another length than before, which is of no account from now on");
+        collapse(way.last);
+        collapsed = true;
+      }
+    }
+    begin = end;
   }
-  const Way way = follow(root(environment), steps, begin + 1);
-  Node* first = way.last;
-  if (way.depth != begin + 1 || first->repeats) return false;
-  REPRISE_LOG(1, "a run of ", loop.end - begin, " views by ", view.op.operator_name(),
-              " has another length than before, which is of no account from now on");
+  return collapsed;
+}
+
+void PatternTree::collapse(Node* first) {
   first->repeats = true;
   std::vector<std::unique_ptr<Node>> next = std::exchange(first->next, {}), run;
   const auto sort = [&](std::unique_ptr<Node> child) {
@@ -263,7 +285,15 @@ bool PatternTree::collapse(uint64_t environment, const std::vector<StepPtr>& ste
     std::erase(awaited_, node.get());
     --size_;
   }
-  return true;
+}
+
+size_t PatternTree::run_before(uint64_t environment, const std::vector<StepPtr>& steps,
+                               size_t count) {
+  const Way way = follow(root(environment), steps, count);
+  if (way.depth < count || !way.last->repeats) return 0;
+  size_t run = 0;
+  while (run < count && repeats(*way.last, *steps[count - 1 - run])) ++run;
+  return run;
 }
 
 void PatternTree::remove(std::unique_ptr<Node> top) {

@@ -65,7 +65,9 @@ class Pattern {
 
   /// No program serves this size: a step has changed, or the program takes for granted
   /// what does not hold.
-  void note_unserved();
+  void note_unserved() { unserved_ = true; }
+  /// It is no case of another pattern, as it seemed to be.
+  void note_no_case();
 
   /// One more size gets a program of its own. Returns false where that would be too many.
   bool take_own_program();
@@ -76,6 +78,7 @@ class Pattern {
   void drop_programs();
 
  private:
+  uint64_t enough() const;
   static constexpr size_t kMostExamples = 4;
   static constexpr int kMostRequests = 4;
   static constexpr size_t kMostRemembered = 4096;
@@ -87,7 +90,7 @@ class Pattern {
 
   std::shared_ptr<Pattern> general_;
   bool in_loop_ = false;
-  bool differs_ = false;  ///< the program of a general one did not serve it
+  bool differs_ = false;  ///< it was taken for a case, and is none
   std::vector<std::vector<int64_t>> marked_;  ///< values of the symbols of the user's marks
   uint64_t sizes_ = 0;
   uint64_t ops_ = 0;
@@ -114,7 +117,8 @@ class PatternTree {
     bool boundary = false;
     /// At or below it lies a pattern with a program.
     bool ready = false;
-    /// A view, which any number of others like it may follow: see `collapse`.
+    /// A view, which any number of others like it may follow: see `collapse`. No segment ends
+    /// here: where the last of them is, is not known.
     bool repeats = false;
     std::shared_ptr<Pattern> pattern;
     /// Of a root: see `collection_at_start`.
@@ -147,6 +151,10 @@ class PatternTree {
   /// How many of the first steps make or take what a loop goes through: views of all its
   /// parts, or a list of what it has left. By their number all that follows would differ.
   size_t collection_at_start(uint64_t environment, std::span<const StepPtr> steps) const;
+  /// How many of the first `count` steps, at their end, are a run of views of any length.
+  size_t run_before(uint64_t environment, const std::vector<StepPtr>& steps, size_t count);
+  /// Steps by this op are a collection, where a segment begins with them.
+  void note_collection(uint64_t environment, const Step& step);
   /// There are nodes with a `boundary`.
   bool has_boundaries() const { return has_boundaries_; }
   void set_boundary(Node* node) { node->boundary = has_boundaries_ = true; }
@@ -172,11 +180,12 @@ class PatternTree {
 
   std::optional<Loop> find_loop_of_other_length(uint64_t environment,
                                                 const std::vector<StepPtr>& steps, size_t count);
-  /// Makes one node of a run of views of one storage. Returns false for other loops.
+  /// Makes one node of each run of views of one storage. Returns false for other loops.
   bool collapse(uint64_t environment, const std::vector<StepPtr>& steps, const Loop& loop);
+  /// Puts what lies behind a run of views, however long, behind its first one.
+  void collapse(Node* first);
   void remove(std::unique_ptr<Node> top);
   bool is_collection(uint64_t environment, const Step& step) const;
-  void note_collection(uint64_t environment, const Step& step);
 
   std::unordered_map<uint64_t, std::unique_ptr<Node>> roots_;
   std::vector<Node*> awaited_;  ///< ends whose pattern has no program

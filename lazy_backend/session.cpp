@@ -999,7 +999,14 @@ size_t Session::cut_loop(size_t count) {
   if (!loop) return 0;
   REPRISE_LOG(1, "a loop of ", loop->period, " ops has another length than before, ",
               loop->end - loop->begin, " ops: it is cut from what surrounds it");
-  if (loop->begin > 0) drop_front(loop->begin, Cut::kIteration);
+  // Views of any number right before it are a segment of their own: in front of it, the end
+  // of the first one would not be known.
+  const size_t run = patterns_.run_before(environment_, log_, loop->begin);
+  if (loop->begin > run) drop_front(loop->begin - run, Cut::kIteration);
+  if (run > 0) {
+    patterns_.note_collection(environment_, *log_[0]);
+    drop_front(run, Cut::kCollection);
+  }
   if (loop->collection) {
     const c10::OperatorHandle op = log_[0]->op;
     drop_front(loop->end - loop->begin, Cut::kCollection);
@@ -1062,8 +1069,8 @@ Node* Session::insert(size_t count, Cut cut, PatternTree::Node* pattern) {
       shared->add_size(end.name, {steps.begin(), steps.end()}, current_, std::move(others));
     }
     patterns_.await(pattern);
-    pattern->cut = pattern->cut || cut != Cut::kNone;
-    if (cut == Cut::kIteration && !pattern->boundary) {
+    pattern->cut = pattern->cut || (cut != Cut::kNone && !pattern->repeats);
+    if (cut == Cut::kIteration && !pattern->boundary && !pattern->repeats) {
       patterns_.set_boundary(pattern);
       cut_other_sizes(pattern, nothing_to_compile ? nullptr : shared);
     }

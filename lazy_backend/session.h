@@ -173,8 +173,7 @@ class Session final : private GuardListener {
     Cut cut = Cut::kNone;
     size_t count = 0;
   };
-  /// The first steps of the log become a segment. Returns its pattern, which is null where
-  /// nothing is to be compiled.
+  /// The first steps of the log become a segment. Returns its pattern; null where it has none.
   std::shared_ptr<Pattern> drop_front(size_t count, Cut cut);
   void forget_front(size_t count);
   /// The finder says that the first `count` steps of the log are a step of the user's.

@@ -388,6 +388,12 @@ StepPtr taking_dynamic_floats(StepPtr step, const Step& like) {
   return step;
 }
 
+bool alike(std::span<const StepPtr> a, std::span<const StepPtr> b, bool floats_may_differ) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [&](const StepPtr& x, const StepPtr& y) {
+    return x->alike(*y, floats_may_differ);
+  });
+}
+
 std::vector<StepPtr> without_unused_views(std::span<const StepPtr> steps) {
   const auto is_view = [](const StepPtr& step) { return step->only_aliases && step->slot_count == 0; };
   if (std::none_of(steps.begin(), steps.end(), is_view)) return {steps.begin(), steps.end()};
@@ -406,11 +412,24 @@ std::vector<StepPtr> without_unused_views(std::span<const StepPtr> steps) {
     // One that is the first to meet a storage gives it its number.
     bool wanted = !is_view(steps[k]);
     if (!wanted) {
+      const auto is_argument = [&](const Result& result) {  // `detach`
+        bool found = false;
+        for_each_tensor(step.args, [&](const Arg& arg) {
+          found = found || (arg.slot == result.slot && arg.geometry() == *result.geometry);
+        });
+        return found;
+      };
       for_each_result(step.results, [&](const Result& result) {
-        wanted = wanted || is_used(result.slot, *result.geometry);
+        wanted = wanted || (is_used(result.slot, *result.geometry) && !is_argument(result));
+      });
+      if (!wanted) continue;
+      // An earlier view that is the same is for those before this one.
+      for_each_result(step.results, [&](const Result& result) {
+        auto& all = used[result.slot];
+        const auto is_it = [&](const Geometry* other) { return *other == *result.geometry; };
+        all.erase(std::remove_if(all.begin(), all.end(), is_it), all.end());
       });
     }
-    if (!wanted) continue;
     for_each_tensor(step.args, [&](const Arg& arg) {
       if (!is_used(arg.slot, arg.geometry())) used[arg.slot].push_back(&arg.geometry());
     });

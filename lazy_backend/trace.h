@@ -245,6 +245,9 @@ void for_each_result(const std::vector<Result>& results, const Visit& visit) {
   }
 }
 
+/// As many, each alike to its counterpart.
+bool alike(std::span<const StepPtr> a, std::span<const StepPtr> b, bool floats_may_differ);
+
 /// These steps but for views that none of them takes: a view is only metadata, and of a run of
 /// them, as long as a loop that will go through it, few may be used here.
 std::vector<StepPtr> without_unused_views(std::span<const StepPtr> steps);

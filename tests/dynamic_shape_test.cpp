@@ -118,6 +118,24 @@ TEST_F(DynamicShapes, AFloatThatFollowsFromTheSizeIsAnInputAtEverySize) {
       {{4}, {6}, {5}, {33}, {9}}, {.compiled = 1});
 }
 
+TEST_F(DynamicShapes, ASizeAtWhichTwoViewsAreOneIsNotMistaken) {
+  const auto first_and_last = [](torch::Device device, int64_t times) {
+    const auto all = torch::tanh(torch::arange(1, times + 1).to(torch::kFloat).to(device));
+    Tensors each;
+    for (int64_t k = 0; k < times; ++k) each.push_back(all.slice(0, k, k + 1));
+    return each.back() * each.front() + 1;
+  };
+  for (int round = 0; round < 5; ++round) {
+    for (const int64_t times : {5, 8, 6, 10, 1, 2, 1}) {
+      SCOPED_TRACE(times);
+      const auto got = first_and_last(torch::kLazy, times);
+      mark_step();
+      expect_close(got, first_and_last(eager_device(), times), 1);
+      wait_for_compiles();
+    }
+  }
+}
+
 TEST_F(DynamicShapes, ASizeThatRunsOftenGetsAProgramOfItsOwn) {
   options().demote_slow_programs = true;
   const auto program = [](torch::Device device) -> SizedStep {

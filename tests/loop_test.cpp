@@ -91,6 +91,12 @@ TEST_F(Loops, TrainingOfARecurrentNet) {
                       {.first = {6, 9, 5, 12, 7, 10, 8}, .others = {11, 15}, .programs = 4});
 }
 
+/// A step of a sampler: a small net, and a number that depends on the iteration.
+torch::Tensor denoised(const torch::Tensor& x, const torch::Tensor& w, double alpha) {
+  const auto y = torch::tanh(x.mm(w) + 0.5);
+  return x * alpha + torch::sigmoid(y * x).mm(w) * (1 - alpha) + torch::relu(y - 0.1).sin();
+}
+
 /// The cell of a recurrent net of one layer, by its weights.
 Tensors recurrent_cell(const torch::Tensor& x, const Tensors& state, const torch::Tensor& w) {
   const auto gates = (x.mm(w) + state[0].mm(w)).tanh();
@@ -164,14 +170,59 @@ TEST_F(Loops, OverARunOfViewsInTheirSegment) {
       {.first = {5, 8, 6, 10}, .others = {7, 20}, .programs = 1, .cuts = false});
 }
 
-TEST_F(Loops, OfSeveralLayers) {
-  expect_few_programs(language_model(false, 2), {.first = {6, 9, 5, 12, 7}, .others = {11, 15}});
+TEST_F(Loops, BehindARunOfViewsOfTheirLength) {
+  expect_few_programs(
+      [](torch::Device device) -> LoopedStep {
+        const auto w = random(device, {8, 8}) * 0.3, x = random(device, {24, 4, 8});
+        return [=](int64_t times) -> Tensors {
+          Tensors state{torch::zeros({4, 8}, x.options()), torch::ones({4, 8}, x.options())};
+          const auto all = torch::tanh(x.slice(0, 0, times)) * 2;
+          Tensors each;
+          for (int64_t k = 0; k < times; ++k) each.push_back(all.select(0, k));
+          for (const torch::Tensor& one : each) state = recurrent_cell(one, state, w);
+          return {state[0].sum(), state[1]};
+        };
+      },
+      {.first = {5, 8, 6, 10}, .others = {7, 20}});
 }
 
-/// A step of a sampler: a small net, and a number that depends on the iteration.
-torch::Tensor denoised(const torch::Tensor& x, const torch::Tensor& w, double alpha) {
-  const auto y = torch::tanh(x.mm(w) + 0.5);
-  return x * alpha + torch::sigmoid(y * x).mm(w) * (1 - alpha) + torch::relu(y - 0.1).sin();
+TEST_F(Loops, BehindTwoRunsOfViewsAndAList) {
+  expect_few_programs(
+      [](torch::Device device) -> LoopedStep {
+        const auto w = random(device, {8, 8}) * 0.3, x = random(device, {24, 4, 8});
+        return [=](int64_t times) -> Tensors {
+          const auto all = torch::tanh(x.slice(0, 0, times)) * 2, masks = all.gt(0.5).to(w.dtype());
+          Tensors each, mask, states;
+          for (int64_t k = 0; k < times; ++k) each.push_back(all.select(0, k));
+          for (int64_t k = 0; k < times; ++k) mask.push_back(masks.select(0, k));
+          auto state = x[0] * 2;
+          for (size_t k = 0; k < each.size(); ++k) {
+            state = denoised(each[k] * mask[k] + state, w, 0.75);
+            states.push_back(state);
+          }
+          return {torch::stack(states).sin(), torch::stack(each) + 1};
+        };
+      },
+      {.first = {5, 8, 6, 10}, .others = {7, 20}, .rounds = 12});
+}
+
+TEST_F(Loops, WhoseIterationsAreAllOfOneSize) {
+  // The first takes one tensor where others take two, and there are no positions among them.
+  expect_few_programs(
+      [](torch::Device device) -> LoopedStep {
+        const auto w = random(device, {8, 8}) * 0.3, x = random(device, {4, 8});
+        return [=](int64_t times) -> Tensors {
+          const auto zeros = torch::zeros({4, 8}, x.options());
+          Tensors state{zeros, zeros};
+          for (int64_t k = 0; k < times; ++k) state = recurrent_cell(x, state, w);
+          return {state[0], state[1].sum()};
+        };
+      },
+      {.first = {5, 8, 6, 10}, .others = {7, 20}, .programs = 3});
+}
+
+TEST_F(Loops, OfSeveralLayers) {
+  expect_few_programs(language_model(false, 2), {.first = {6, 9, 5, 12, 7}, .others = {11, 15}});
 }
 
 TEST_F(Loops, WithNumbersThatChange) {
