@@ -286,6 +286,7 @@ void measure(benchmark::State& state, const Row& row) {
     reprise::wait_for_compiles();
   }
   const double difference = bench::max_relative_difference(expected, actual);
+  reprise::mark_step();  // what it did to the results is no part of the next step
 
   const auto before = reprise::statistics();
   const auto timing = bench::time_in_pairs(
