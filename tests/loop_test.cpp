@@ -104,36 +104,33 @@ Tensors recurrent_cell(const torch::Tensor& x, const Tensors& state, const torch
   return {torch::tanh(cell) * gates, cell};
 }
 
+/// Its first iteration takes one tensor where others take two. `counts`: there is a number that
+/// depends on the iteration; it is the same in every first one.
+LoopedProgram with_one_tensor_in_two_roles(bool counts) {
+  return [=](torch::Device device) -> LoopedStep {
+    const auto w = random(device, {8, 8}) * 0.3, x = random(device, {4, 24, 8});
+    return [=](int64_t times) -> Tensors {
+      const auto zeros = torch::zeros({4, 8}, x.options());
+      Tensors state{zeros, zeros};
+      for (int64_t k = 0; k < times; ++k) {
+        state = recurrent_cell(x.select(1, k), state, w);
+        if (counts) {
+          state[0] = state[0] * (1 - 0.8 * static_cast<double>(k) / static_cast<double>(times));
+        }
+      }
+      return {state[0], state[1].sum()};
+    };
+  };
+}
+
 TEST_F(Loops, ThatBeginWithOneTensorInTwoRoles) {
-  // Its first iteration takes one where others take two; it needs no program of its own.
-  expect_few_programs(
-      [](torch::Device device) -> LoopedStep {
-        const auto w = random(device, {8, 8}) * 0.3, x = random(device, {4, 24, 8});
-        return [=](int64_t times) -> Tensors {
-          const auto zeros = torch::zeros({4, 8}, x.options());
-          Tensors state{zeros, zeros};
-          for (int64_t k = 0; k < times; ++k) state = recurrent_cell(x.select(1, k), state, w);
-          return {state[0], state[1].sum()};
-        };
-      },
-      {.first = {5, 8, 6, 10}, .others = {7, 20}, .programs = 2});
+  expect_few_programs(with_one_tensor_in_two_roles(/*counts=*/false),
+                      {.first = {5, 8, 6, 10}, .others = {7, 20}, .programs = 2});
 }
 
 TEST_F(Loops, ThatBeginWithOneTensorInTwoRolesAndCount) {
-  expect_few_programs(
-      [](torch::Device device) -> LoopedStep {
-        const auto w = random(device, {8, 8}) * 0.3, x = random(device, {4, 24, 8});
-        return [=](int64_t times) -> Tensors {
-          const auto zeros = torch::zeros({4, 8}, x.options());
-          Tensors state{zeros, zeros};
-          for (int64_t k = 0; k < times; ++k) {
-            state = recurrent_cell(x.select(1, k), state, w);
-            state[0] = state[0] * (1 - 0.8 * static_cast<double>(k) / static_cast<double>(times));
-          }
-          return {state[0], state[1].sum()};
-        };
-      },
-      {.first = {5, 8, 6, 10}, .others = {7, 20}, .programs = 3});
+  expect_few_programs(with_one_tensor_in_two_roles(/*counts=*/true),
+                      {.first = {5, 8, 6, 10}, .others = {7, 20}, .programs = 3});
 }
 
 TEST_F(Loops, ThatBeginWithOneTensorWhichIsWritten) {
