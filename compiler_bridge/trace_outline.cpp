@@ -1,13 +1,12 @@
 #include "compiler_bridge/trace_outline.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
 #include <bit>
 
-#include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
+#include "lazy_backend/program_run.h"
 
 namespace reprise {
 namespace {
@@ -16,14 +15,6 @@ struct MadeResult {
   const Geometry* geometry;
   size_t nbytes;
 };
-
-/// The number as an input of a program that knows no other. It is there at once, whichever
-/// stream the program will run on.
-at::Tensor as_tensor(double number, c10::Device device) {
-  c10::InferenceMode normal_tensors(false);
-  const BelowUserModes below;
-  return at::scalar_tensor(number, at::TensorOptions().dtype(c10::kDouble)).to(device);
-}
 
 }  // namespace
 
@@ -58,7 +49,7 @@ bool TraceOutline::apply(Program& program, std::vector<int64_t>& values) const {
     if (arg.dynamic) {
       input.index = own++;
     } else {
-      input.constant = as_tensor(arg.number(), backing_device_of(program.device_index));
+      input.constant = constant_input(arg.number(), backing_device_of(program.device_index));
     }
     scalars.push_back(std::move(input));
   }

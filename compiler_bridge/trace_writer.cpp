@@ -139,7 +139,7 @@ class Writer {
     std::map<uint32_t, uint32_t> seen_at;  // the argument that met a slot
     std::vector<uint32_t> order;
     std::map<Key, bool> made;
-    size_t scalars = 0;
+    uint32_t scalars = 0;
     std::vector<ProgramInput> scalar_inputs, random_inputs;
     for (uint32_t k = 0; k < program_.steps.size(); ++k) {
       const Step& step = *program_.steps[k];
@@ -154,11 +154,14 @@ class Writer {
         made[key(arg.slot, arg.geometry())] = true;
         geometries.push_back(arg.geometry());
       });
-      count_scalars(step.args, scalars, scalar_inputs);
-      for (uint32_t a = 0; a < step.args.size(); ++a) {
+      for (uint32_t a = 0; a < step.args.size(); ++a) {  // none within a list is dynamic
         const Arg& arg = step.args[a];
         if (!arg.is_float()) continue;
         outline_.floats.push_back({k, a, arg.dynamic, arg.dynamic ? 0 : arg.number()});
+        if (!arg.dynamic) continue;
+        ProgramInput input{ProgramInput::Kind::kScalar, scalars++, {}, {}};
+        input.geometry.dtype = c10::kDouble;
+        scalar_inputs.push_back(std::move(input));
       }
       for_each_result(step.results, [&](const Result& result) {
         made[key(result.slot, *result.geometry)] = true;
@@ -196,18 +199,6 @@ class Writer {
   }
 
   static bool is_random(const Step& step) { return step.randomness != Randomness::kNone; }
-
-  static void count_scalars(const std::vector<Arg>& args, size_t& count,
-                            std::vector<ProgramInput>& inputs) {
-    for (const Arg& arg : args) {
-      if (arg.kind == Arg::Kind::kList) count_scalars(arg.list(), count, inputs);
-      if (!arg.dynamic) continue;
-      Geometry geometry;
-      geometry.dtype = c10::kDouble;
-      inputs.push_back(
-          {ProgramInput::Kind::kScalar, static_cast<uint32_t>(count++), std::move(geometry), {}});
-    }
-  }
 
   /// A flat tensor over all that these views touch.
   static Geometry whole(const std::vector<Geometry>& geometries) {

@@ -193,9 +193,8 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
         break;
       case ProgramInput::Kind::kScalar: {
         plan->inputs.push_back({Kind::kScalar, input.index});
-        at::Tensor number = empty_tensor(input.geometry, sizeof(double), c10::kCPU);
-        *static_cast<double*>(number.mutable_data_ptr()) = run.scalars[input.index];
-        plan->constants[k] = number.to(backing_device_of(program.device_index));
+        plan->constants[k] = constant_input(run.scalars[input.index],
+                                            backing_device_of(program.device_index));
         break;
       }
       case ProgramInput::Kind::kNumber: {

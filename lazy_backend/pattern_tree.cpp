@@ -279,11 +279,10 @@ void PatternTree::collapse(Node* first) {
   };
   for (auto& child : next) sort(std::move(child));
   while (!run.empty()) {
-    const std::unique_ptr<Node> node = std::move(run.back());
+    std::unique_ptr<Node> node = std::move(run.back());
     run.pop_back();
     for (auto& child : std::exchange(node->next, {})) sort(std::move(child));
-    std::erase(awaited_, node.get());
-    --size_;
+    remove(std::move(node));
   }
 }
 

@@ -2,10 +2,12 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 
+#include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/interpreter.h"
 
@@ -149,6 +151,12 @@ std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots
 }
 
 }  // namespace
+
+at::Tensor constant_input(double number, c10::Device device) {
+  c10::InferenceMode normal_tensors(false);
+  const BelowUserModes below;
+  return at::scalar_tensor(number, at::TensorOptions().dtype(kNumbers)).to(device);
+}
 
 at::Tensor as_recorded(const Program& program, size_t k, const at::Tensor& tensor) {
   const ProgramOutput& output = program.outputs[k];

@@ -23,6 +23,10 @@ void run_program(Program& program, Segment& segment);
 std::vector<at::Tensor> try_program(Program& program, Segment& segment,
                                     const std::vector<at::Tensor>& random);
 
+/// A number that does not change, as a program takes a dynamic scalar. It is there at once,
+/// whichever stream the program will run on.
+at::Tensor constant_input(double number, c10::Device device);
+
 /// An output as eager's would lie in memory.
 at::Tensor as_recorded(const Program& program, size_t output, const at::Tensor& tensor);
 
