@@ -29,6 +29,14 @@ TEST_F(Random, FillsDrawEagersNumbers) {
   });
 }
 
+TEST_F(Random, FillsOfWhatLiesApartDrawEagersNumbers) {
+  expect_eager_three_ways({torch::zeros({3, 4}), torch::zeros({4, 6})}, [](Tensors& in) -> Tensors {
+    in[0].select(1, 1).uniform_(-1, 1);
+    in[1].slice(0, 1, 4, 2).slice(1, 0, 6, 3).normal_();
+    return {in[0] + 1};
+  });
+}
+
 TEST_F(Random, DropoutDrawsEagersMask) {
   expect_eager_three_ways([](torch::Device device) -> Step {
     torch::nn::Sequential model(torch::nn::Linear(6, 32), torch::nn::Dropout(0.3),

@@ -19,7 +19,7 @@ import reprise_compiler
 import torch
 import torch._inductor
 from reprise_compiler import device_scalars, symbols
-from reprise_compiler.trace_to_fx import TraceError
+from reprise_compiler.trace_to_fx import TraceError, read_trace
 from trace_recorder import record
 
 aten = torch.ops.aten
@@ -179,9 +179,26 @@ class InPlaceOps(CompilerTest):
         def out(x):
             torch.neg(x, out=x.expand(2, 4)[0])
 
-        for f in (fill, add, window, out):
+        def strided(x):
+            x.as_strided([2, 2], [1, 1]).fill_(0.25)
+
+        for f in (fill, add, window, out, strided):
             with self.assertRaisesRegex(TraceError, "may show an element twice"):
                 self.check(f, [torch.randn(4)])
+
+    def test_an_input_with_an_element_in_several_places_is_not_written(self):
+        recording = record(lambda x: x.add_(1), [torch.randn(6)])
+        trace = json.loads(recording.json)
+        trace["inputs"][0].update(sizes=[2, 3], strides=[1, 1])
+        with self.assertRaisesRegex(TraceError, "may show an element twice"):
+            read_trace(json.dumps(trace))
+
+    def test_a_strided_view_without_overlaps_is_written(self):
+        def f(x):
+            x.as_strided([2, 3], [1, 2]).add_(1)
+            x.as_strided([3, 1, 2], [2, 1, 0])  # not written
+
+        self.check(f, [torch.randn(6)])
 
     def test_an_output_has_the_final_contents_of_its_storage(self):
         def f(x):
@@ -284,6 +301,13 @@ class Arguments(CompilerTest):
 
         self.check(f, [torch.randn(4, 8)])
 
+
+    def test_keyword_numbers_of_fallbacks(self):
+        def f(x, y):
+            z = x.cfloat()
+            return z - y * 0.25, torch.add(z, z, alpha=2), torch.rsub(z, y, alpha=1)
+
+        self.check(f, [torch.randn(3, 4), torch.randn(3, 4)])
 
     def test_dtypes_and_formats_of_fallbacks(self):
         def f(x):

@@ -276,8 +276,17 @@ def _serialize_inputs(self, target, args, kwargs=None):
     """Writes dtypes, memory formats and layouts by c10's codes: what runs packages
     (oss_proxy_executor.cpp, torch 2.11; mended in 2.15) takes them for these, while
     torch.export counts otherwise. `x.cdouble()` made booleans.
+
+    Keyword arguments that have their default are written too: the generated code passes
+    them (cpp_wrapper_cpu.py, torch 2.11), and one number too many is an error of the
+    proxy executor's. `alpha` of a complex `sub` was one.
     """
-    named = _stock_serialize_inputs(self, target, args, kwargs)
+    defaults = {
+        parameter.name: parameter.default_value
+        for parameter in getattr(getattr(target, "_schema", None), "arguments", ())
+        if parameter.kwarg_only and parameter.default_value is not None
+    }
+    named = _stock_serialize_inputs(self, target, args, defaults | (kwargs or {}))
     for argument in named:
         kind = str(argument.arg.type)
         codes = {

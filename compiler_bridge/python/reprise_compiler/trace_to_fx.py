@@ -128,6 +128,20 @@ def _is_dense(spec: dict[str, Any]) -> bool:
     return True
 
 
+def _may_overlap(sizes: Sequence[Any], strides: Sequence[Any]) -> bool:
+    """Whether two places of the tensor may be one element: unless each stride leaps over
+    all that the smaller ones reach. What is no number is not known to.
+    """
+    if not all(isinstance(n, int) for n in (*sizes, *strides)):
+        return True
+    reach = 0
+    for stride, size in sorted(zip(strides, sizes)) if 0 not in sizes else ():
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 def torch_constant(name: str, kind: type) -> Any:
     constant = getattr(torch, name, None)
     if not isinstance(constant, kind):
@@ -234,7 +248,10 @@ class _GraphBuilder:
         for k, spec in enumerate(self.trace["inputs"]):
             if spec["kind"] not in ("tensor", "scalar"):
                 raise TraceError(f"input {k} has the unknown kind {spec['kind']!r}")
-            self.inputs[self.values[k]] = with_symbols(spec, self.trace.get("symbols", []))
+            known = with_symbols(spec, self.trace.get("symbols", []))
+            self.inputs[self.values[k]] = known
+            if _may_overlap(known["sizes"], known["strides"]):
+                self.overlapping.add(self.values[k])
             if not isinstance(spec["offset"], int):
                 self.moving.add(self.values[k])
         hints, numbers = self.trace.get("symbols", []), self.trace.get("numbers", 0)
@@ -285,7 +302,9 @@ class _GraphBuilder:
         if any(r.alias_info for r in schema.returns) and op not in _VIEWS_AS_ANOTHER_DTYPE:
             if positional and isinstance(positional[0], Node):
                 self.add_view(node, positional[0])
-                if op in _OVERLAPPING_VIEWS:
+                if op in _OVERLAPPING_VIEWS or (
+                    op is _aten.as_strided.default and _may_overlap(*positional[1:3])
+                ):
                     self.overlapping.add(node)
         results = step["results"]
         if len(results) != len(schema.returns):
