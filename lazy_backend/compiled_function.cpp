@@ -206,6 +206,8 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, con
   for (const at::Tensor& tensor : arguments.tensors) {
     histories.push_back(tensor.defined() ? tensor.grad_fn() : AutogradNodePtr());
   }
+  OptimizerState optimizers;
+  if (!options_.optimizers.empty()) optimizers = state_of(options_.optimizers);
   session.begin_function(number_, options_.name, options_.fullgraph,
                          /*watch=*/may_get_plan);
   Pack result;
@@ -235,9 +237,13 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, con
                     : writes_history                ? "it writes an argument that takes part in autograd"
                     : !entry->backward.reason.empty() ? entry->backward.reason
                                                     : "";
+    std::optional<OptimizerStep> step;
+    if (run.verified && entry->reason.empty() && !options_.optimizers.empty()) {
+      step = step_of(run, optimizers, state_of(options_.optimizers), entry->reason);
+    }
     if (run.verified && entry->reason.empty()) {
       const std::vector<const LazyStorage*> storages = storages_of(arguments.tensors);
-      plan = plan_of(entry->seen, {run, storages, result, differentiable}, entry->reason);
+      plan = plan_of(entry->seen, {run, storages, result, std::move(step), differentiable}, entry->reason);
       if (plan != nullptr && !differentiable) {
         entry->plan = plan;
         REPRISE_LOG(1, options_.name, ": replayed from now on by ", run.segment);

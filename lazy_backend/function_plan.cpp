@@ -47,6 +47,8 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
     const auto tensor = each.tensor.lock();
     if (tensor && lazy_storage(tensor.get()) != each.storage) return std::nullopt;
   }
+  std::optional<std::vector<double>> numbers;
+  if (plan.optimizers && !(numbers = next_numbers(*plan.optimizers))) return std::nullopt;
   Session::current().flush("a compiled function is called");
   const Program& program = *plan.program;
   std::vector<at::Tensor> inputs;
@@ -72,6 +74,12 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
         inputs.push_back(random[source.index]);
         break;
       case Plan::Source::Kind::kScalar:
+        if (numbers && plan.optimizers->numbers[source.index]) {
+          inputs.push_back(constant_input((*numbers)[source.index], backing_device_of(program.device_index)));
+          break;
+        }
+        inputs.push_back(plan.constants[k]);
+        break;
       case Plan::Source::Kind::kNumber:
         inputs.push_back(plan.constants[k]);
         break;
@@ -92,6 +100,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
     return std::nullopt;
   }
   metrics().segments_replayed.add(1);
+  if (plan.optimizers) count_step(*plan.optimizers);
   for (const Watched& each : plan.watched) {
     if (!each.written) continue;
     if (const auto tensor = each.tensor.lock(); tensor && !tensor->is_inference()) tensor->bump_version();
@@ -158,17 +167,33 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
   const std::vector<StoragePtr> before = std::exchange(seen.inputs, run.inputs);
   const ScalarValues scalars = std::exchange(seen.scalars, run.scalars);
   seen.segment = run.segment;
+  OptimizerStep before_step;
+  if (planned.optimizers) {
+    before_step = std::exchange(seen.optimizers, *planned.optimizers);
+    if (std::exchange(seen.optimizers_segment, run.segment) == run.segment) {
+      take_over_rates(seen.optimizers, before_step);
+    }
+  }
   if (!again) return nullptr;
   for (size_t slot = 0; slot < run.inputs.size(); ++slot) {
     const LazyStorage* storage = run.inputs[slot].get();
     if (storage == nullptr || argument_of(storage) || before[slot].get() == storage) continue;
     return never("it uses a tensor that is another in each call and no argument");
   }
-  if (scalars != run.scalars) return never("a number in it changes from call to call and is no argument");
+  if (scalars.size() != run.scalars.size()) return nullptr;  // one of them is new
+  for (size_t k = 0; k < scalars.size(); ++k) {
+    const bool known = planned.optimizers && seen.optimizers.numbers[k];
+    if (known && before_step.numbers[k] != seen.optimizers.numbers[k]) return nullptr;
+    if (!known && scalars[k] != run.scalars[k]) {
+      return never("a number in it changes from call to call and is no argument; an optimizer's "
+                   "are known where it is in CompileOptions::optimizers");
+    }
+  }
   if (run.program == nullptr) return nullptr;
 
   auto plan = std::make_shared<Plan>();
   plan->program = run.program;
+  if (planned.optimizers) plan->optimizers = seen.optimizers;
   const Program& program = *run.program;
   std::vector<int64_t> bound(run.inputs.size(), -1);  // by slot
   const auto bind = [&](uint32_t slot) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "lazy_backend/function_trace.h"
+#include "lazy_backend/optimizer_numbers.h"
 #include "reprise/compile.h"
 
 namespace reprise {
@@ -46,6 +47,7 @@ struct Plan {
   std::vector<c10::intrusive_ptr<LazyStorage>> bound;
   std::vector<Watched> watched;
   std::vector<at::Tensor> constants;  ///< by program input: what is the same in every call
+  std::optional<OptimizerStep> optimizers;  ///< where it steps some
   std::vector<uint32_t> random_steps;
   std::vector<uint32_t> written_arguments;
   std::vector<Output> outputs;  ///< the results, then what is kept
@@ -60,6 +62,8 @@ struct SeenRun {
   std::string segment;
   std::vector<c10::intrusive_ptr<LazyStorage>> inputs;
   ScalarValues scalars;
+  OptimizerStep optimizers;
+  std::string optimizers_segment;  ///< of which `optimizers` was learned
 };
 
 /// What a plan is made of.
@@ -68,6 +72,7 @@ struct PlannedRun {
   /// Over which the arguments of the call lay.
   const std::vector<const LazyStorage*>& arguments;
   const detail::Pack& result;
+  std::optional<OptimizerStep> optimizers = {};  ///< what the run did to those of the function
   /// What it has made and somebody holds is kept for the backward pass: further results.
   bool differentiable = false;
 };

@@ -1,6 +1,7 @@
 // Explicit compile: functions that are replayed by one call.
 #include <torch/torch.h>
 
+#include <functional>
 #include <map>
 #include <thread>
 
@@ -180,6 +181,187 @@ TEST_F(Functions, WholeTrainingStepsLeaveGradientsAndUpdates) {
   expect_close(kept, kept_eager, 50);
   EXPECT_GE(since(before).segments_replayed, 10u) << explain();
   EXPECT_EQ(explain().find("not replayed"), std::string::npos) << explain();
+}
+
+using OptimizerPtr = std::shared_ptr<torch::optim::Optimizer>;
+using MakeOptimizer = std::function<OptimizerPtr(std::vector<torch::Tensor>)>;
+
+/// A small network, its optimizer, and a training step of both.
+struct Training {
+  torch::nn::Sequential net;
+  OptimizerPtr optimizer;
+
+  Training(torch::Device device, const MakeOptimizer& make) {
+    torch::manual_seed(0);
+    net = torch::nn::Sequential(torch::nn::Linear(5, 16), torch::nn::Tanh(), torch::nn::Linear(16, 2));
+    net->to(device);
+    optimizer = make(net->parameters());
+  }
+
+  auto step() const {
+    return [net = net, optimizer = optimizer](const torch::Tensor& x, const torch::Tensor& y) mutable {
+      optimizer->zero_grad();
+      const auto loss = torch::mse_loss(net->forward(x), y);
+      loss.backward();
+      optimizer->step();
+      return loss.detach();
+    };
+  }
+  void set_rate(double rate) const {
+    for (auto& group : optimizer->param_groups()) group.options().set_lr(rate);
+  }
+};
+
+/// Trains on eager and, compiled, on lazy, and compares; `between` is called before each call
+/// with both. Returns how many calls were replayed.
+uint64_t expect_trains(const MakeOptimizer& make, const std::function<void(int, Training&)>& between,
+                       int calls = 24) {
+  Training eager(eager_device(), make), lazy(torch::kLazy, make);
+  auto eager_step = eager.step();
+  const auto compiled = compile(lazy.step(), {.optimizers = {lazy.optimizer.get()}});
+  const Statistics before = statistics();
+  for (int call = 0; call < calls; ++call) {
+    SCOPED_TRACE(call);
+    between(call, eager);
+    between(call, lazy);
+    const auto expected =
+        eager_step(given(eager_device(), {8, 5}, call), given(eager_device(), {8, 2}, 99 - call));
+    const auto actual =
+        compiled(given(torch::kLazy, {8, 5}, call), given(torch::kLazy, {8, 2}, 99 - call));
+    expect_close(actual, expected, 100);
+    expect_all_close(state_of(*lazy.net), state_of(*eager.net), 100);
+    expect_all_close(gradients_of(*lazy.net), gradients_of(*eager.net), 100);
+    mark_step();
+    wait_for_compiles();
+  }
+  return since(before).segments_replayed;
+}
+
+template <class Optimizer, class Options>
+MakeOptimizer with(const Options& options) {
+  return [=](std::vector<torch::Tensor> parameters) {
+    return std::make_shared<Optimizer>(std::move(parameters), options);
+  };
+}
+
+namespace optim = torch::optim;
+
+std::vector<std::pair<const char*, MakeOptimizer>> optimizers() {
+  return {
+      {"SGD", with<optim::SGD>(optim::SGDOptions(0.05).momentum(0.9).nesterov(true).weight_decay(0.01))},
+      {"Adam", with<optim::Adam>(optim::AdamOptions(0.01).weight_decay(0.02))},
+      {"AdamW", with<optim::AdamW>(optim::AdamWOptions(0.01).amsgrad(true))},
+      {"Adagrad", with<optim::Adagrad>(optim::AdagradOptions(0.05).lr_decay(0.1))},
+      {"RMSprop", with<optim::RMSprop>(optim::RMSpropOptions(0.01).momentum(0.5).centered(true))},
+  };
+}
+
+TEST_F(Functions, WholeTrainingStepsWithAnyOptimizerOfTheLibrary) {
+  for (const auto& [name, make] : optimizers()) {
+    SCOPED_TRACE(name);
+    EXPECT_GE(expect_trains(make, [](int, Training&) {}), 12u) << explain();
+    EXPECT_EQ(explain().find("not replayed"), std::string::npos) << explain();
+  }
+}
+
+TEST_F(Functions, LearningRatesThatAreSetBetweenCallsAreSeen) {
+  for (const auto& [name, make] : optimizers()) {
+    SCOPED_TRACE(name);
+    const auto each_call = [](int call, Training& training) { training.set_rate(0.02 / (1 + call)); };
+    EXPECT_GE(expect_trains(make, each_call), 12u) << explain();
+    // A rate for some calls: after the first change, another takes no run of the function.
+    const auto now_and_then = [](int call, Training& training) {
+      if (call % 12 == 0) training.set_rate(0.02 / (1 + call));
+    };
+    EXPECT_GE(expect_trains(make, now_and_then, 60), 40u) << explain();
+    EXPECT_EQ(explain().find("not replayed"), std::string::npos) << explain();
+  }
+}
+
+TEST_F(Functions, GroupsHaveNumbersOfTheirOwn) {
+  const auto make = [](const std::vector<torch::Tensor>& parameters) -> OptimizerPtr {
+    std::vector<optim::OptimizerParamGroup> groups;
+    groups.emplace_back(std::vector{parameters[0], parameters[1]},
+                        std::make_unique<optim::AdamWOptions>(0.01));
+    groups.emplace_back(std::vector{parameters[2], parameters[3]},
+                        std::make_unique<optim::AdamWOptions>(optim::AdamWOptions(0.01).betas({0.8, 0.9})));
+    return std::make_shared<optim::AdamW>(groups, optim::AdamWOptions());
+  };
+  const auto second_alone = [](int call, Training& training) {
+    if (call > 5) training.optimizer->param_groups()[1].options().set_lr(0.03 / call);
+  };
+  EXPECT_GE(expect_trains(make, second_alone), 8u) << explain();
+}
+
+TEST_F(Functions, OptimizersGoOnCounting) {
+  Training training(torch::kLazy, with<optim::Adam>(optim::AdamOptions(0.01)));
+  const auto compiled = compile(training.step(), {.optimizers = {training.optimizer.get()}});
+  for (int call = 0; call < 16; ++call) {
+    compiled(given(torch::kLazy, {8, 5}, call), given(torch::kLazy, {8, 2}, call));
+    mark_step();
+    wait_for_compiles();
+  }
+  for (const auto& parameter : training.net->parameters()) {
+    auto& state = *training.optimizer->state().at(parameter.unsafeGetTensorImpl());
+    EXPECT_EQ(static_cast<optim::AdamParamState&>(state).step(), 16);
+  }
+}
+
+TEST_F(Functions, WhatIsDoneToAnOptimizerBetweenCallsIsSeen) {
+  const auto make = with<optim::AdamW>(optim::AdamWOptions(0.01));
+  const auto between = [&](int call, Training& training) {
+    auto& optimizer = *training.optimizer;
+    auto& options = static_cast<optim::AdamWOptions&>(optimizer.param_groups()[0].options());
+    if (call == 14) options.weight_decay(0.3);
+    if (call == 24) options.betas({0.7, 0.99});
+    if (call == 34) {  // as a checkpoint is loaded
+      for (const auto& parameter : training.net->parameters()) {
+        auto& state = optimizer.state().at(parameter.unsafeGetTensorImpl());
+        const auto& now = static_cast<optim::AdamWParamState&>(*state);
+        auto loaded = std::make_unique<optim::AdamWParamState>();
+        loaded->step(4);
+        loaded->exp_avg(now.exp_avg() * 0.5);
+        loaded->exp_avg_sq(now.exp_avg_sq() + 0.25);
+        state = std::move(loaded);
+      }
+    }
+    if (call == 44) optimizer.state().clear();
+  };
+  EXPECT_GE(expect_trains(make, between, 60), 20u) << explain();
+}
+
+TEST_F(Functions, WhatAnOptimizerDoesOtherwiseKeepsItRunning) {
+  struct Own : optim::SGD {
+    using SGD::SGD;
+  };
+  const auto reason_of = [&](const MakeOptimizer& make, const auto& also) {
+    Training training(torch::kLazy, make);
+    const auto body = [step = training.step(), also, training](const torch::Tensor& x,
+                                                               const torch::Tensor& y) mutable {
+      const auto loss = step(x, y);
+      also(training);
+      return loss;
+    };
+    const auto compiled = compile(body, {.optimizers = {training.optimizer.get()}});
+    for (int call = 0; call < 8; ++call) {
+      compiled(given(torch::kLazy, {8, 5}, call), given(torch::kLazy, {8, 2}, call));
+      mark_step();
+      wait_for_compiles();
+    }
+    return explain();
+  };
+  const auto sgd = with<optim::SGD>(optim::SGDOptions(0.1)), adam = with<optim::Adam>(optim::AdamOptions(0.1));
+  const auto nothing = [](Training&) {};
+  EXPECT_NE(reason_of(with<Own>(optim::SGDOptions(0.1)), nothing).find("is of no class whose numbers"),
+            std::string::npos)
+      << explain();
+  EXPECT_NE(reason_of(sgd, [](Training& t) { t.set_rate(0.2 + t.optimizer->param_groups()[0].options().get_lr()); })
+                .find("it changes an optimizer's options"),
+            std::string::npos)
+      << explain();
+  EXPECT_NE(reason_of(adam, [](Training& t) { t.optimizer->step(); }).find("takes several steps"),
+            std::string::npos)
+      << explain();
 }
 
 TEST_F(Functions, GiveViewsAndArgumentsAgain) {

@@ -27,6 +27,10 @@
 /// A function that a program cannot stand for goes on being run and verified, and
 /// `explain()` says why: it reads a value in the middle, a number in it changes from call to
 /// call without being an argument, it keeps a tensor that it has made (gradients apart).
+///
+/// ```cpp
+/// auto train = reprise::compile(step, {.optimizers = {&adam}});  // forward, backward, adam.step()
+/// ```
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -46,14 +50,23 @@
 
 #include "reprise/export_macros.h"
 
+namespace torch::optim {
+class Optimizer;
+}  // namespace torch::optim
+
 namespace reprise {
 
 struct CompileOptions {
   /// What `explain()` calls the function. Empty: `function-1` and so on.
-  std::string name;
+  std::string name = {};
   /// What would keep the function from being replayed is an error, at the call inside the
   /// function that is the cause, or at the end of the call.
   bool fullgraph = false;
+  /// Whose `step()` the function calls, once a call. What they compute in C++ (Adam's bias
+  /// corrections, the learning rate that a schedule has set between two calls) is given to the
+  /// program by each call, and their counters go on. SGD, Adam, AdamW, Adagrad and RMSprop, not
+  /// classes derived of them. They must be there as long as the function is called.
+  std::vector<torch::optim::Optimizer*> optimizers = {};
 };
 
 namespace detail {

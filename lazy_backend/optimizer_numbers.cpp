@@ -1,0 +1,258 @@
+#include "lazy_backend/optimizer_numbers.h"
+
+#include <torch/optim.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <typeinfo>
+#include <unordered_map>
+
+#include "lazy_backend/storage.h"
+
+namespace reprise {
+namespace {
+
+namespace optim = torch::optim;
+using Kind = OptimizerNumber::Kind;
+
+constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+
+/// By `OptimizerNumber::Kind`; `kNone` where there is no such number.
+struct Values {
+  double update = kNone, decay = kNone, root = kNone;
+
+  double of(Kind kind) const {
+    return kind == Kind::kUpdate ? update : kind == Kind::kDecay ? decay : root;
+  }
+};
+
+/// What there is to know of a class of optimizers.
+struct Rule {
+  const std::type_info& type;
+  /// What a parameter's `step`th step computes.
+  Values (*values)(const optim::OptimizerOptions& options, int64_t step);
+  bool (*same)(const optim::OptimizerOptions& a, const optim::OptimizerOptions& b);
+  /// Steps that a parameter has taken; null where the class does not count them.
+  int64_t& (*steps)(optim::OptimizerParamState& state);
+};
+
+template <class Options>
+bool same(const optim::OptimizerOptions& a, const optim::OptimizerOptions& b) {
+  return static_cast<const Options&>(a) == static_cast<const Options&>(b);
+}
+
+template <class State>
+int64_t& steps(optim::OptimizerParamState& state) {
+  return static_cast<State&>(state).step();
+}
+
+Values of_rate_alone(const optim::OptimizerOptions& options, int64_t) {
+  return {.update = -options.get_lr()};
+}
+
+template <class Options>
+Values of_adam(const optim::OptimizerOptions& any, int64_t step) {
+  const auto& options = static_cast<const Options&>(any);
+  const auto [beta1, beta2] = options.betas();
+  const double correction1 = 1 - std::pow(beta1, step), correction2 = 1 - std::pow(beta2, step);
+  const double size = options.lr() / correction1;
+  return {.update = -size,
+          .decay = std::is_same_v<Options, optim::AdamWOptions>
+                       ? 1 - options.lr() * options.weight_decay()
+                       : kNone,
+          .root = std::sqrt(correction2)};
+}
+
+Values of_adagrad(const optim::OptimizerOptions& any, int64_t step) {
+  const auto& options = static_cast<const optim::AdagradOptions&>(any);
+  const double rate =
+      options.lr() / (1 + static_cast<double>(step - 1) * options.lr_decay());
+  return {.update = -rate};
+}
+
+const Rule* rule_of(const optim::Optimizer& optimizer) {
+  static const std::array rules{
+      Rule{typeid(optim::SGD), of_rate_alone, same<optim::SGDOptions>, nullptr},
+      Rule{typeid(optim::Adam), of_adam<optim::AdamOptions>, same<optim::AdamOptions>,
+           steps<optim::AdamParamState>},
+      Rule{typeid(optim::AdamW), of_adam<optim::AdamWOptions>, same<optim::AdamWOptions>,
+           steps<optim::AdamWParamState>},
+      Rule{typeid(optim::Adagrad), of_adagrad, same<optim::AdagradOptions>,
+           steps<optim::AdagradParamState>},
+      Rule{typeid(optim::RMSprop), of_rate_alone, same<optim::RMSpropOptions>,
+           steps<optim::RMSpropParamState>},
+  };
+  // Not a class derived of one: that may compute otherwise.
+  const auto found = std::find_if(rules.begin(), rules.end(), [&](const Rule& rule) {
+    return rule.type == typeid(optimizer);
+  });
+  return found == rules.end() ? nullptr : &*found;
+}
+
+/// Of a parameter; null where it has none yet, or its class does not count.
+int64_t* counter(optim::Optimizer& optimizer, const Rule& rule, const c10::TensorImpl* parameter) {
+  if (rule.steps == nullptr) return nullptr;
+  auto& states = optimizer.state();
+  const auto found = states.find(const_cast<c10::TensorImpl*>(parameter));
+  return found == states.end() ? nullptr : &rule.steps(*found->second);
+}
+
+/// That the group's parameters which step have all taken; nothing where they differ.
+std::optional<int64_t> common(const std::vector<int64_t>& steps, const std::vector<uint32_t>& stepped) {
+  if (stepped.empty()) return 0;
+  const int64_t first = steps[stepped.front()];
+  const bool all = std::all_of(stepped.begin(), stepped.end(), [&](uint32_t k) { return steps[k] == first; });
+  return all ? std::optional(first) : std::nullopt;
+}
+
+}  // namespace
+
+OptimizerState state_of(const OptimizerPtrs& optimizers) {
+  OptimizerState state;
+  for (optim::Optimizer* optimizer : optimizers) {
+    const Rule* rule = rule_of(*optimizer);
+    for (const auto& group : optimizer->param_groups()) {
+      OptimizerState::Group& now = state.groups.emplace_back();
+      now.optimizer = optimizer;
+      now.options = group.options().clone();
+      for (const at::Tensor& parameter : group.params()) {
+        now.parameters.push_back(parameter.unsafeGetTensorImpl());
+        const int64_t* count =
+            rule != nullptr ? counter(*optimizer, *rule, now.parameters.back()) : nullptr;
+        now.steps.push_back(count != nullptr ? *count : 0);
+      }
+    }
+  }
+  return state;
+}
+
+OptimizerStep step_of(const FunctionTrace& run, const OptimizerState& before, OptimizerState after,
+                      std::string& problem) {
+  OptimizerStep step;
+  std::unordered_map<const LazyStorage*, uint32_t> group_of;
+  std::vector<Values> values;
+  bool same_groups = before.groups.size() == after.groups.size();
+  for (uint32_t g = 0; same_groups && g < after.groups.size(); ++g) {
+    const auto& was = before.groups[g];
+    const auto& is = after.groups[g];
+    const Rule* rule = rule_of(*is.optimizer);
+    if (rule == nullptr) {
+      problem = c10::str("an optimizer of it (", c10::demangle(typeid(*is.optimizer).name()),
+                         ") is of no class whose numbers are known");
+      return step;
+    }
+    same_groups = was.optimizer == is.optimizer && was.parameters == is.parameters;
+    if (!same_groups) break;
+    if (!rule->same(*was.options, *is.options)) {
+      problem = "it changes an optimizer's options, which is for between its calls";
+      return step;
+    }
+    auto& stepped = step.stepped.emplace_back();
+    for (uint32_t k = 0; k < is.parameters.size(); ++k) {
+      if (is.steps[k] == was.steps[k] + 1) stepped.push_back(k);
+      if (is.steps[k] < was.steps[k] || is.steps[k] > was.steps[k] + 1) {
+        problem = "an optimizer of it takes several steps, or is given another state";
+        return step;
+      }
+      if (is.parameters[k]->device().is_lazy()) group_of[lazy_storage(is.parameters[k])] = g;
+    }
+    const auto taken = common(is.steps, stepped);
+    values.push_back(taken ? rule->values(*is.options, *taken) : Values());
+  }
+  if (!same_groups) {
+    problem = "it changes an optimizer's parameters";
+    return step;
+  }
+  step.any_rate.resize(after.groups.size());
+
+  const auto number_of = [&](const Step& op, double number) -> std::optional<OptimizerNumber> {
+    // What a parameter takes belongs to its group.
+    for (const uint32_t slot : op.written) {
+      const auto group = slot < run.inputs.size() ? group_of.find(run.inputs[slot].get()) : group_of.end();
+      if (group == group_of.end()) continue;
+      for (const Kind kind : {Kind::kUpdate, Kind::kDecay}) {
+        if (values[group->second].of(kind) == number) return OptimizerNumber{kind, group->second};
+      }
+      return std::nullopt;
+    }
+    // Groups with the same root now have the same for ever: options and counters are watched.
+    for (uint32_t g = 0; g < values.size(); ++g) {
+      if (values[g].root == number) return OptimizerNumber{Kind::kRoot, g};
+    }
+    return std::nullopt;
+  };
+  for (const StepPtr& op : run.steps) {
+    for (const Arg& arg : op->args) {
+      if (!arg.dynamic || step.numbers.size() == run.scalars.size()) continue;
+      step.numbers.push_back(number_of(*op, run.scalars[step.numbers.size()]));
+    }
+  }
+  step.numbers.resize(run.scalars.size());
+  step.after = std::move(after);
+  return step;
+}
+
+void take_over_rates(OptimizerStep& step, const OptimizerStep& earlier) {
+  if (step.any_rate.size() != earlier.any_rate.size()) return;
+  for (size_t g = 0; g < step.any_rate.size(); ++g) {
+    step.any_rate[g] = earlier.any_rate[g] || step.after.groups[g].options->get_lr() !=
+                                                  earlier.after.groups[g].options->get_lr();
+  }
+}
+
+std::optional<std::vector<double>> next_numbers(const OptimizerStep& step) {
+  std::vector<Values> values;
+  values.reserve(step.after.groups.size());
+  size_t index = 0;
+  const optim::Optimizer* last = nullptr;
+  for (size_t g = 0; g < step.after.groups.size(); ++g) {
+    const OptimizerState::Group& learned = step.after.groups[g];
+    optim::Optimizer& optimizer = *learned.optimizer;
+    index = &optimizer == last ? index + 1 : 0;
+    last = &optimizer;
+    const auto& groups = optimizer.param_groups();
+    const bool ends = g + 1 == step.after.groups.size() || step.after.groups[g + 1].optimizer != &optimizer;
+    if (index >= groups.size() || (ends && index + 1 != groups.size())) return std::nullopt;
+    const auto& group = groups[index];
+    const Rule& rule = *rule_of(optimizer);
+    const optim::OptimizerOptions& options = group.options();
+    if (options.get_lr() == learned.options->get_lr()) {
+      if (!rule.same(options, *learned.options)) return std::nullopt;
+    } else {
+      const auto with_rate = learned.options->clone();
+      with_rate->set_lr(options.get_lr());
+      if (!step.any_rate[g] || !rule.same(options, *with_rate)) return std::nullopt;
+    }
+    if (!std::equal(group.params().begin(), group.params().end(), learned.parameters.begin(),
+                    learned.parameters.end(), [](const at::Tensor& parameter, const c10::TensorImpl* impl) {
+                      return parameter.unsafeGetTensorImpl() == impl;
+                    })) {
+      return std::nullopt;
+    }
+    int64_t taken = -1;
+    for (const uint32_t k : step.stepped[g]) {
+      const int64_t* count = counter(optimizer, rule, learned.parameters[k]);
+      // A state that was loaded or cleared is for the function itself.
+      if (count == nullptr || *count < learned.steps[k] || (taken >= 0 && taken != *count)) return std::nullopt;
+      taken = *count;
+    }
+    values.push_back(rule.values(options, std::max<int64_t>(taken, 0) + 1));
+  }
+  std::vector<double> numbers(step.numbers.size());
+  for (size_t k = 0; k < numbers.size(); ++k) {
+    if (step.numbers[k]) numbers[k] = values[step.numbers[k]->group].of(step.numbers[k]->kind);
+  }
+  return numbers;
+}
+
+void count_step(const OptimizerStep& step) {
+  for (size_t g = 0; g < step.after.groups.size(); ++g) {
+    const OptimizerState::Group& group = step.after.groups[g];
+    const Rule& rule = *rule_of(*group.optimizer);
+    for (const uint32_t k : step.stepped[g]) ++*counter(*group.optimizer, rule, group.parameters[k]);
+  }
+}
+
+}  // namespace reprise
