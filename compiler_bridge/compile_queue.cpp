@@ -28,6 +28,7 @@
 #include "lazy_backend/log.h"
 #include "lazy_backend/metrics.h"
 #include "lazy_backend/shape_inference.h"
+#include "lazy_backend/trace_tree.h"
 #include "reprise/options.h"
 #include "symint/symbols.h"
 
@@ -344,6 +345,7 @@ void CompileQueue::process_all_sizes(Program& program) {
     other.steps = std::move(steps);
     other.live = program.live;
     other.device_index = program.device_index;
+    other.environment = program.environment;
     note(SplitTrace(write_trace(other)));
   }
   program.other_sizes.clear();
@@ -500,6 +502,13 @@ std::optional<std::string> CompileQueue::build(const std::string& trace, const s
 std::shared_ptr<Runner> CompileQueue::compile(Program& program, const std::string& trace,
                                               const std::string& key, std::string* problem) {
   if (!open_compiler(problem)) return nullptr;
+  // The compiler reads these settings too.
+  if (const std::string now = environment_text(environment_key()); now != program.environment) {
+    const auto named = [](const std::string& text) { return text.empty() ? "the usual settings" : text; };
+    *problem = "it was recorded with " + named(program.environment) + ", and the process has " +
+               named(now) + " by now";
+    return nullptr;
+  }
   const std::string path = ArtifactStore::get().path(key);
   const auto start = std::chrono::steady_clock::now();
   const auto phases = build(trace, path, problem);

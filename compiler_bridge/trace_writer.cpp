@@ -411,7 +411,9 @@ class Writer {
                       ",\"strides\":", ints_text(input.geometry.strides()),
                       ",\"offset\":", input.geometry.offset, fixed_text(input.geometry), "}");
     };
-    return c10::str("{\"format\":1,\"device\":", json_text(device_.str()),
+    const std::string environment =
+        program_.environment.empty() ? "" : ",\"environment\":" + json_text(program_.environment);
+    return c10::str("{\"format\":1,\"device\":", json_text(device_.str()), environment,
                     ",\"inputs\":", list_text(program_.inputs, input_text), ",\"steps\":[",
                     join(steps_), "],\"outputs\":",
                     list_text(outputs, [](size_t v) { return std::to_string(v); }), "}");

@@ -15,12 +15,6 @@ namespace {
 
 using Json = nlohmann::json;
 
-/// The one member of a union, as torch/_export/serde/union.py writes it: its name and value.
-std::pair<std::string, const Json*> member_of(const Json& one) {
-  TORCH_CHECK(one.is_object() && one.size() == 1, "there is no value in ", one.dump());
-  return {one.begin().key(), &one.begin().value()};
-}
-
 double float_of(const Json& json) {
   if (json.is_number()) return json.get<double>();
   const std::string text = json.get<std::string>();
@@ -116,6 +110,11 @@ class Autocast {
 };
 
 }  // namespace
+
+std::pair<std::string, const Json*> member_of(const Json& one) {
+  TORCH_CHECK(one.is_object() && one.size() == 1, "there is no value in ", one.dump());
+  return {one.begin().key(), &one.begin().value()};
+}
 
 c10::ScalarType dtype_of(const Json& code) {
   // torch/_export/serde/schema.py, ScalarType

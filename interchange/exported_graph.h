@@ -11,6 +11,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace reprise {
@@ -20,6 +21,8 @@ using SizeFunction = c10::IValue (*)(std::span<const c10::IValue>);
 /// Null for one that is not known. `target` as torch.export names it: `_operator.mul`.
 SizeFunction size_function(const std::string& target);
 
+/// The one member of a union, as torch/_export/serde/union.py writes it: its name and value.
+std::pair<std::string, const nlohmann::json*> member_of(const nlohmann::json& one);
 c10::ScalarType dtype_of(const nlohmann::json& code);
 /// The name of the value that an argument is; nothing for a constant.
 std::optional<std::string> value_name(const nlohmann::json& argument);

@@ -5,6 +5,7 @@
 #include <torch/csrc/jit/serialization/pickle.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cctype>
 #include <nlohmann/json.hpp>
 
@@ -43,8 +44,10 @@ class SympyText {
     }
     if (name == "Integer") {
       const std::string digits = word();
-      if (digits.empty() || !take(')')) return std::nullopt;
-      return Expression::constant(std::stoll(digits));
+      int64_t value = 0;
+      const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+      if (error != std::errc() || end != digits.data() + digits.size() || !take(')')) return std::nullopt;
+      return Expression::constant(value);
     }
     std::vector<Expression> operands;
     do {
@@ -112,6 +115,25 @@ ProgramInputs::Input input_of(const Json& argument, const Json& values, Symbols&
   return input;
 }
 
+/// Throws for what is no tensor, and for one that no memory holds.
+void check_numbers(const Geometry& geometry, const std::string& weight) {
+  const auto too_many = [&] {
+    int64_t elements = geometry.offset, next = 0;
+    for (uint32_t k = 0; k < geometry.rank; ++k) {
+      if (__builtin_mul_overflow(geometry.sizes()[k], geometry.strides()[k], &next) ||
+          __builtin_add_overflow(elements, next, &elements)) {
+        return true;
+      }
+    }
+    return __builtin_mul_overflow(elements, int64_t{64}, &next);
+  };
+  const auto negative = [](int64_t number) { return number < 0; };
+  TORCH_CHECK(geometry.offset >= 0 && std::none_of(geometry.dims.begin(), geometry.dims.end(), negative) &&
+                  !too_many(),
+              "'", weight, "' has sizes ", geometry.sizes(), ", strides ", geometry.strides(),
+              " and storage offset ", geometry.offset);
+}
+
 }  // namespace
 
 struct ExportedProgram::Parts {
@@ -149,8 +171,11 @@ std::map<std::string, ExportedProgram::Weight> ExportedProgram::Parts::read_weig
           for (const Json& number : meta.at(part)) geometry.dims.push_back(number.at("as_int").get<int64_t>());
         }
         geometry.rank = static_cast<uint32_t>(meta.at("sizes").size());
+        TORCH_CHECK(meta.at("strides").size() == geometry.rank, "'", weight, "' has ", geometry.rank,
+                    " sizes and ", meta.at("strides").size(), " strides");
         geometry.offset = meta.at("storage_offset").at("as_int").get<int64_t>();
         geometry.dtype = dtype_of(meta.at("dtype"));
+        check_numbers(geometry, weight);
         const auto found = storages.find(record);
         const c10::Storage storage = found != storages.end() ? found->second : archive.storage(record);
         storages.emplace(record, storage);
@@ -184,8 +209,8 @@ void ExportedProgram::Parts::read_signature(const Json& program, std::map<std::s
   };
   Symbols symbols;
   for (const Json& spec : signature.at("input_specs")) {
-    const std::string kind = spec.begin().key();
-    const Json& what = spec.begin().value();
+    const auto [kind, value] = member_of(spec);
+    const Json& what = *value;
     Source source;
     if (kind == "parameter" || kind == "buffer" || kind == "tensor_constant") {
       source = {Source::Kind::kWeight, weight_named(what.at(kind + "_name").get<std::string>())};
@@ -202,8 +227,8 @@ void ExportedProgram::Parts::read_signature(const Json& program, std::map<std::s
   }
   input_names = inputs.names();
   for (const Json& spec : signature.at("output_specs")) {
-    const std::string kind = spec.begin().key();
-    const Json& what = spec.begin().value();
+    const auto [kind, value] = member_of(spec);
+    const Json& what = *value;
     Target target;
     if (kind == "user_output" || kind == "loss_output") {
       target.kind = Target::Kind::kResult;
@@ -257,6 +282,8 @@ ExportedProgram::ExportedProgram(Pt2Archive& archive, const std::string& name)
     failed(error.what());
   } catch (const c10::Error& error) {
     failed(error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    failed(error.what());
   }
 }
 

@@ -78,28 +78,24 @@ class GraphCut {
       const auto same = [&](const at::Tensor& other) { return other.is_same(arguments[k]); };
       if (std::any_of(tensors.begin(), tensors.end(), same)) continue;
       inputs.push_back(
-          {static_cast<int64_t>(k), c10::weak_intrusive_ptr<c10::TensorImpl>(arguments[k].getIntrusivePtr())});
+          {static_cast<int64_t>(k), c10::weak_intrusive_ptr<c10::TensorImpl>(arguments[k].getIntrusivePtr()), {}});
       tensors.push_back(arguments[k]);
       edges_.push_back(autograd::impl::gradient_edge(arguments[k]));
     }
   }
 
   std::string follow(const std::vector<at::Tensor>& results) {
-    std::vector<Edge> open;
-    for (const at::Tensor& result : results) open.push_back(autograd::impl::gradient_edge(result));
-    while (!open.empty()) {
-      const Edge edge = open.back();
-      open.pop_back();
-      if (!edge.is_valid() || is_input(edge) || !met_.insert(edge.function.get()).second) continue;
-      if (const auto* leaf = dynamic_cast<autograd::AccumulateGrad*>(edge.function.get())) {
-        inputs.push_back({-1, c10::weak_intrusive_ptr<c10::TensorImpl>(leaf->variable.getIntrusivePtr())});
-        tensors.push_back(leaf->variable);
-        continue;
-      }
-      if (edge.function->sequence_nr() < first_node_) {
-        return "it uses a tensor that takes part in autograd and is no argument";
-      }
-      for (const Edge& next : edge.function->next_edges()) open.push_back(next);
+    for (uint32_t k = 0; k < results.size(); ++k) {
+      if (std::string reason = follow(results[k], k); !reason.empty()) return reason;
+    }
+    // Libtorch would call them for our pass through its graph, and again for the outer one.
+    const auto has_hooks = [](const at::Tensor& tensor) {
+      const auto node = tensor.grad_fn();
+      return !autograd::impl::hooks(tensor).empty() ||
+             (node != nullptr && (!node->tensor_pre_hooks().empty() || !node->retains_grad_hooks().empty()));
+    };
+    if (std::any_of(tensors.begin(), tensors.end(), has_hooks)) {
+      return "a tensor that gets a gradient from it has hooks";
     }
     return "";
   }
@@ -108,15 +104,68 @@ class GraphCut {
   std::vector<at::Tensor> tensors;  ///< of the inputs
 
  private:
-  bool is_input(const Edge& edge) const {
-    return std::any_of(edges_.begin(), edges_.end(), [&](const Edge& input) {
+  std::string follow(const at::Tensor& result, uint32_t number) {
+    std::vector<Edge> open{autograd::impl::gradient_edge(result)};
+    std::unordered_set<const autograd::Node*> met;
+    while (!open.empty()) {
+      const Edge edge = open.back();
+      open.pop_back();
+      if (!edge.is_valid()) continue;
+      if (const auto input = input_of(edge)) {
+        auto& reached_by = inputs[*input].results;
+        if (reached_by.empty() || reached_by.back() != number) reached_by.push_back(number);
+        continue;
+      }
+      if (!met.insert(edge.function.get()).second) continue;
+      if (edge.function->sequence_nr() < first_node_) {
+        return "it uses a tensor that takes part in autograd and is no argument";
+      }
+      for (const Edge& next : edge.function->next_edges()) open.push_back(next);
+    }
+    return "";
+  }
+  /// The input behind an edge; a leaf is one from now on.
+  std::optional<size_t> input_of(const Edge& edge) {
+    const auto found = std::find_if(edges_.begin(), edges_.end(), [&](const Edge& input) {
       return input.function == edge.function && input.input_nr == edge.input_nr;
     });
+    if (found != edges_.end()) return static_cast<size_t>(found - edges_.begin());
+    const auto* leaf = dynamic_cast<autograd::AccumulateGrad*>(edge.function.get());
+    if (leaf == nullptr) return std::nullopt;
+    inputs.push_back({-1, c10::weak_intrusive_ptr<c10::TensorImpl>(leaf->variable.getIntrusivePtr()), {}});
+    tensors.push_back(leaf->variable);
+    edges_.push_back(edge);
+    return edges_.size() - 1;
   }
   const uint64_t first_node_;
-  std::vector<Edge> edges_;
-  std::unordered_set<const autograd::Node*> met_;
+  std::vector<Edge> edges_;  ///< of the inputs
 };
+
+/// What a pass has `made` of gradients, as libtorch's own pass would give it: nothing where
+/// no gradient leads to an input, and the same tensor where it is the same, which tells those
+/// who keep a gradient whether it is theirs alone.
+void finish_gradients(variable_list& made, const variable_list& gradients, const std::vector<GradientInput>& inputs) {
+  const auto same = [](const at::Tensor& a, const at::Tensor& b) {
+    return a.defined() && b.defined() && is_lazy(a) && is_lazy(b) && lazy_storage(a) == lazy_storage(b) &&
+           Geometry(*a.unsafeGetTensorImpl()).matches(*b.unsafeGetTensorImpl());
+  };
+  for (size_t k = 0; k < made.size(); ++k) {
+    const auto given = [&](uint32_t result) { return gradients[result].defined(); };
+    if (std::none_of(inputs[k].results.begin(), inputs[k].results.end(), given)) {
+      made[k] = at::Tensor();
+      continue;
+    }
+    const auto is_this = [&](const at::Tensor& other) { return same(other, made[k]); };
+    auto known = std::find_if(gradients.begin(), gradients.end(), is_this);
+    if (known == gradients.end()) {
+      const auto end = made.begin() + static_cast<std::ptrdiff_t>(k);
+      const auto earlier = std::find_if(made.begin(), end, is_this);
+      if (earlier != end) made[k] = *earlier;
+    } else {
+      made[k] = *known;
+    }
+  }
+}
 
 /// The backward pass of a call that was traced: libtorch's own, traced.
 class TracedBackward final : public autograd::Node {
@@ -137,6 +186,12 @@ class TracedBackward final : public autograd::Node {
 
  private:
   variable_list apply(variable_list&& gradients) override {
+    variable_list made = pass(gradients);
+    finish_gradients(made, gradients, inputs_);
+    return made;
+  }
+
+  variable_list pass(const variable_list& gradients) {
     TORCH_CHECK(!inner_.empty(), "Trying to backward through ", forward_.name, " a second time, after what it kept "
                 "for that has been freed. Specify retain_graph=True if you need to backward a second time.");
     const bool keep = autograd::get_current_graph_task_keep_graph();
@@ -188,7 +243,9 @@ class TracedBackward final : public autograd::Node {
         for (const uint32_t slot : forward_.plan->kept) arguments.push_back(created(slot));
         detail::Pack result;
         result.tensors = made;
-        backward = plan_of(seen.run, {run, arguments, result}, seen.reason);
+        PlannedRun planned{run, arguments, result};
+        planned.made_for_the_call = static_cast<uint32_t>(gradients.size());
+        backward = plan_of(seen.run, planned, seen.reason);
       }
       reason = seen.reason;
     });
@@ -211,6 +268,10 @@ class TracedBackward final : public autograd::Node {
       } else {
         plan->saved_kept.push_back(saved - arguments);
       }
+    }
+    for (const auto& [argument, storage] : backward->same_arguments) {
+      const auto saved = static_cast<uint32_t>(argument - gradients.size());
+      if (saved < forward_.arguments.size()) plan->same_arguments.emplace_back(saved, storage);
     }
     const auto& watched = forward_.plan->watched;
     for (uint32_t k = 0; k < watched.size(); ++k) {
@@ -282,6 +343,7 @@ class ReplayedBackward final : public autograd::Node {
     call.insert(call.end(), all.begin(), all.end());
     auto made = replay(*plan_->backward, call);
     TORCH_CHECK(made, "reprise: the backward pass of ", name_, " failed");
+    finish_gradients(made->tensors, gradients, plan_->inputs);
     return std::move(made->tensors);
   }
 
@@ -351,6 +413,9 @@ std::optional<detail::Pack> replay_differentiable(const DifferentiablePlanPtr& p
       return std::nullopt;
     }
     if (!inputs.back().requires_grad()) return std::nullopt;  // frozen since
+  }
+  for (const auto& [argument, storage] : plan->same_arguments) {
+    if (lazy_storage(arguments[argument]) != storage) return std::nullopt;
   }
   auto pack = replay(*plan->forward, arguments);
   if (!pack) return std::nullopt;

@@ -20,6 +20,7 @@ namespace reprise {
 struct GradientInput {
   int64_t argument = -1;  ///< -1: a leaf
   c10::weak_intrusive_ptr<c10::TensorImpl> leaf;
+  std::vector<uint32_t> results;  ///< whose gradients lead to it, among those that take part
 };
 
 /// Both passes of a key. Immutable.
@@ -28,6 +29,7 @@ struct DifferentiablePlan {
   std::vector<uint32_t> results;           ///< those that take part in autograd
   std::vector<Geometry> gradients;         ///< as which the backward pass takes theirs
   std::vector<GradientInput> inputs;
+  std::vector<std::pair<uint32_t, const LazyStorage*>> same_arguments;  ///< see `Plan`
   std::vector<uint32_t> saved_arguments;   ///< which the backward pass reads
   std::vector<uint32_t> saved_watched;     ///< the same of `forward->watched`
   std::vector<uint32_t> saved_kept;        ///< the same of `forward->kept`

@@ -1,5 +1,6 @@
 #include "lazy_backend/compiled_function.h"
 
+#include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
@@ -11,6 +12,7 @@
 
 #include "lazy_backend/autograd_node.h"
 #include "lazy_backend/compiled_backward.h"
+#include "lazy_backend/device.h"
 #include "lazy_backend/function_plan.h"
 #include "lazy_backend/log.h"
 #include "lazy_backend/session.h"
@@ -28,12 +30,23 @@ struct Entry {
   PlanPtr plan;
   DifferentiablePlanPtr both;  ///< in its place where the result takes part in autograd
   std::string reason;  ///< why there is no plan; empty where one may come
+  bool watch = true;   ///< what the next run uses is watched, so that it can be planned
   uint64_t traced = 0;
   std::atomic<uint64_t> replayed{0};
 
   SeenRun seen;
   SeenBackward backward;
 };
+
+/// A 0-dim tensor of the host, which ops on lazy tensors take as a number.
+bool is_number(const at::Tensor& tensor) {
+  return tensor.device().is_cpu() && tensor.dim() == 0 && tensor.layout() == c10::kStrided;
+}
+
+void add_bytes(const at::Tensor& number, std::vector<int64_t>& key) {
+  const auto* bytes = static_cast<const unsigned char*>(number.const_data_ptr());
+  for (size_t k = 0; k < number.itemsize(); ++k) key.push_back(bytes[k]);
+}
 
 void add_geometry(const at::Tensor& tensor, std::vector<int64_t>& key) {
   if (!tensor.defined()) {
@@ -46,7 +59,10 @@ void add_geometry(const at::Tensor& tensor, std::vector<int64_t>& key) {
                 static_cast<int64_t>(tensor.is_conj()) << 1 | static_cast<int64_t>(tensor.is_neg()));
   key.push_back(static_cast<int64_t>(tensor.device().type()) << 8 | tensor.device().index());
   key.insert(key.end(), tensor.sizes().begin(), tensor.sizes().end());
-  if (!is_lazy(tensor)) return;
+  if (!is_lazy(tensor)) {
+    if (is_number(tensor)) add_bytes(tensor, key);
+    return;
+  }
   key.insert(key.end(), tensor.strides().begin(), tensor.strides().end());
   key.push_back(tensor.storage_offset());
 }
@@ -65,6 +81,11 @@ void complete_key(Pack& arguments) {
       }
     }
   }
+  const auto type = backing_device_of(0).type();
+  arguments.key.push_back(at::autocast::is_autocast_enabled(type)
+                              ? static_cast<int64_t>(at::autocast::get_autocast_dtype(type)) << 1 |
+                                    static_cast<int64_t>(at::autocast::is_autocast_cache_enabled())
+                              : -1);
   arguments.key.push_back(static_cast<int64_t>(environment_key()) << 2 |
                           static_cast<int64_t>(c10::GradMode::is_enabled()) << 1 |
                           static_cast<int64_t>(c10::InferenceMode::is_enabled()));
@@ -90,11 +111,11 @@ class Function : public std::enable_shared_from_this<Function> {
     std::shared_ptr<Entry> entry;
     PlanPtr plan;
     DifferentiablePlanPtr both;
-    bool may_get_plan = true;
+    bool watched = true;
   };
   Known known_of(const std::vector<int64_t>& key);
   std::optional<Pack> replay(Entry& entry, const Known& known, const Pack& arguments);
-  Pack trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, const Pack& arguments,
+  Pack trace(const std::shared_ptr<Entry>& entry, bool watched, const Pack& arguments,
              c10::function_ref<Pack()> body);
   TracedForward traced_forward(const std::shared_ptr<Entry>& entry, PlanPtr plan, const Pack& arguments,
                                const FunctionTrace& run);
@@ -140,7 +161,7 @@ Function::~Function() {
 Function::Known Function::known_of(const std::vector<int64_t>& key) {
   const auto find = [&]() -> std::optional<Known> {
     for (const auto& entry : entries_) {
-      if (entry->key == key) return Known{entry, entry->plan, entry->both, entry->reason.empty()};
+      if (entry->key == key) return Known{entry, entry->plan, entry->both, entry->watch};
     }
     return std::nullopt;
   };
@@ -162,7 +183,7 @@ Pack Function::call(Pack&& arguments, c10::function_ref<Pack()> body) {
   complete_key(arguments);
   const Known known = known_of(arguments.key);
   if (auto result = replay(*known.entry, known, arguments)) return std::move(*result);
-  return trace(known.entry, known.may_get_plan, arguments, body);
+  return trace(known.entry, known.watched, arguments, body);
 }
 
 std::optional<Pack> Function::replay(Entry& entry, const Known& known, const Pack& arguments) {
@@ -183,7 +204,7 @@ std::optional<Pack> Function::replay(Entry& entry, const Known& known, const Pac
 
 TracedForward Function::traced_forward(const std::shared_ptr<Entry>& entry, PlanPtr plan, const Pack& arguments,
                                        const FunctionTrace& run) {
-  constexpr uint64_t kBackward = uint64_t{1} << 40;
+  constexpr uint64_t kBackward = uint64_t{1} << 31;  // of the 32 bits that a function has in `environment_key`
   TracedForward forward{options_.name, number_ | kBackward, std::move(plan), arguments.tensors, run.created, {}, {}};
   forward.found = [self = shared_from_this(), entry](DifferentiablePlanPtr both, const std::string& reason) {
     const std::unique_lock lock(self->mutex_);
@@ -198,7 +219,7 @@ TracedForward Function::traced_forward(const std::shared_ptr<Entry>& entry, Plan
   return forward;
 }
 
-Pack Function::trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, const Pack& arguments,
+Pack Function::trace(const std::shared_ptr<Entry>& entry, bool watched, const Pack& arguments,
                      c10::function_ref<Pack()> body) {
   Session& session = Session::current();
   const uint64_t first_node = next_node();
@@ -206,10 +227,19 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, con
   for (const at::Tensor& tensor : arguments.tensors) {
     histories.push_back(tensor.defined() ? tensor.grad_fn() : AutogradNodePtr());
   }
+  const bool reads_host =
+      std::any_of(arguments.tensors.begin(), arguments.tensors.end(), [](const at::Tensor& tensor) {
+        return tensor.defined() && !is_lazy(tensor) && !is_number(tensor);
+      });
+  std::vector<std::pair<const c10::TensorImpl*, bool>> had_gradients;
+  {
+    const std::shared_lock lock(mutex_);
+    had_gradients = gradients_of(entry->seen);
+  }
   OptimizerState optimizers;
   if (!options_.optimizers.empty()) optimizers = state_of(options_.optimizers);
   session.begin_function(number_, options_.name, options_.fullgraph,
-                         /*watch=*/may_get_plan);
+                         /*watch=*/watched);
   Pack result;
   try {
     result = body();
@@ -232,29 +262,35 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool may_get_plan, con
   {
     const std::unique_lock lock(mutex_);
     ++entry->traced;
-    entry->reason = !run.broken_by.empty()          ? "not one program: " + run.broken_by
+    reason = !run.broken_by.empty()          ? "not one program: " + run.broken_by
                     : !run.no_program.empty()       ? run.no_program
+                    : reads_host ? "an argument is a tensor of another device, whose values it may read"
                     : writes_history                ? "it writes an argument that takes part in autograd"
                     : !entry->backward.reason.empty() ? entry->backward.reason
                                                     : "";
     std::optional<OptimizerStep> step;
-    if (run.verified && entry->reason.empty() && !options_.optimizers.empty()) {
-      step = step_of(run, optimizers, state_of(options_.optimizers), entry->reason);
+    if (run.verified && watched && reason.empty() && !options_.optimizers.empty()) {
+      step = step_of(run, optimizers, state_of(options_.optimizers), reason);
     }
-    if (run.verified && entry->reason.empty()) {
+    if (run.verified && watched && reason.empty()) {
       const std::vector<const LazyStorage*> storages = storages_of(arguments.tensors);
-      plan = plan_of(entry->seen, {run, storages, result, std::move(step), differentiable}, entry->reason);
+      plan = plan_of(entry->seen, {run, storages, result, differentiable, std::move(step), std::move(had_gradients)}, reason);
       if (plan != nullptr && !differentiable) {
         entry->plan = plan;
         REPRISE_LOG(1, options_.name, ": replayed from now on by ", run.segment);
       }
     }
-    reason = entry->reason;
+    // What was said last holds until a run that is watched has shown otherwise.
+    if (!reason.empty() || watched) entry->reason = reason;
+    entry->watch = reason.empty() || options_.fullgraph;
   }
   if (differentiable && reason.empty()) {
     reason = trace_backward(traced_forward(entry, plan, arguments, run), first_node, result.tensors);
     const std::unique_lock lock(mutex_);
-    entry->reason = reason;
+    if (!reason.empty()) {
+      entry->reason = reason;
+      entry->watch = options_.fullgraph;
+    }
   }
   TORCH_CHECK(!options_.fullgraph || reason.empty(), "reprise: ", options_.name,
               " cannot be replayed: ", reason);

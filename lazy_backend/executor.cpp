@@ -15,8 +15,10 @@
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/log.h"
 #include "lazy_backend/metrics.h"
+#include "lazy_backend/mix_hash.h"
 #include "lazy_backend/program_check.h"
 #include "lazy_backend/program_run.h"
+#include "lazy_backend/trace_tree.h"
 #include "reprise/options.h"
 
 namespace reprise {
@@ -78,6 +80,7 @@ std::shared_ptr<Program> request_program(const SegmentEnd& end, const Segment& s
   auto program = std::make_shared<Program>();
   program->alone = alone;
   program->name = end.name;
+  program->environment = environment_text(segment.environment());
   program->steps = end.steps;
   program->live = segment.live_slots(segment.size());
   if (end.program != nullptr) {
@@ -165,6 +168,16 @@ void end_contest_with_own(SegmentEnd& end) {
 }
 
 /// Takes the check's decision over, where there is one.
+/// Of what makes a program's inputs those of one size.
+uint64_t hash_of_sizes(const Program& program) {
+  uint64_t hash = 0;
+  for (const ProgramInput& input : program.inputs) {
+    for (const int64_t number : input.geometry.dims) hash = mix_hash(hash, static_cast<uint64_t>(number));
+    hash = mix_hash(hash, static_cast<uint64_t>(input.geometry.offset));
+  }
+  return hash;
+}
+
 void conclude(SegmentEnd& end) {
   if (!end.check->decided()) return;
   const std::string problem = end.check->problem();
@@ -172,7 +185,7 @@ void conclude(SegmentEnd& end) {
   SharedProgram* shared = end.program->shared.get();
   if (problem.empty()) {
     end.checked = true;
-    if (shared != nullptr) ++shared->sizes_checked;
+    if (shared != nullptr) shared->note_checked(hash_of_sizes(*end.program));
     metrics().programs_checked.add(1);
     return;
   }
@@ -224,6 +237,7 @@ void share_program(SegmentEnd& end, const Segment& segment) {
   end.unserved_by = like;
   auto program = std::make_shared<Program>();
   program->name = end.name;
+  program->environment = environment_text(segment.environment());
   program->steps = without_unused_views(end.steps);
   program->device_index = like->device_index;
   const bool shared = end.pattern->is_case()

@@ -30,11 +30,52 @@ bool settled(const LazyStorage& storage) {
   return storage.error() == nullptr && storage.backing();
 }
 
+/// Whether what others hold is what it was when the plan was made, and still there: a
+/// storage that nobody sees any more was replaced by another.
+bool is_current(const Plan& plan, const std::vector<at::Tensor>& arguments) {
+  bool held = true;
+  for (size_t k = 0; k < plan.watched.size(); ++k) {
+    const Watched& each = plan.watched[k];
+    if (k == 0 || plan.watched[k - 1].slot != each.slot) {
+      if (!held) return false;
+      held = false;
+    }
+    const auto tensor = each.tensor.lock();
+    if (!tensor) continue;
+    if (lazy_storage(tensor.get()) != each.storage || tensor->requires_grad() != each.requires_grad) return false;
+    held = true;
+  }
+  if (!held) return false;
+  for (const auto& [argument, storage] : plan.same_arguments) {
+    if (lazy_storage(arguments[argument]) != storage) return false;
+  }
+  for (const Plan::Gradient& gradient : plan.gradients) {
+    const auto leaf = gradient.leaf.lock();
+    if (leaf && !gradient.was_there && leaf->grad().defined()) return false;
+  }
+  if (!plan.program->writes_inputs) return true;
+  // Reads and writes would meet that did not in the trace.
+  return std::none_of(arguments.begin(), arguments.end(), [&](const at::Tensor& argument) {
+    if (!is_lazy(argument)) return false;
+    const LazyStorage* storage = lazy_storage(argument);
+    return std::any_of(plan.bound.begin(), plan.bound.end(),
+                       [&](const StoragePtr& bound) { return bound.get() == storage; });
+  });
+}
+
 at::Tensor lazy_over(const StoragePtr& storage, const Geometry& geometry) {
   return wrap(storage, backing_tensor(storage->backing(), geometry));
 }
 
 }  // namespace
+
+std::vector<std::pair<const c10::TensorImpl*, bool>> gradients_of(const SeenRun& seen) {
+  std::vector<std::pair<const c10::TensorImpl*, bool>> all;
+  for (const auto& each : seen.leaves) {
+    if (const auto leaf = each.lock()) all.emplace_back(leaf.get(), leaf->grad().defined());
+  }
+  return all;
+}
 
 std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors) {
   std::vector<const LazyStorage*> storages;
@@ -43,10 +84,7 @@ std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tenso
 }
 
 std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& arguments) {
-  for (const Watched& each : plan.watched) {
-    const auto tensor = each.tensor.lock();
-    if (tensor && lazy_storage(tensor.get()) != each.storage) return std::nullopt;
-  }
+  if (!is_current(plan, arguments)) return std::nullopt;
   std::optional<std::vector<double>> numbers;
   if (plan.optimizers && !(numbers = next_numbers(*plan.optimizers))) return std::nullopt;
   Session::current().flush("a compiled function is called");
@@ -110,7 +148,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }
   // Results that share a storage share it again.
-  c10::SmallVector<StoragePtr, 8> storages(made.size());
+  c10::SmallVector<StoragePtr, 8> storages(made.size()), drawn(random.size());
   const auto tensor_of = [&](const Plan::Output& output) -> at::Tensor {
     switch (output.kind) {
       case Plan::Output::Kind::kNone:
@@ -133,8 +171,15 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
                          output.geometry);
       case Plan::Output::Kind::kBound:
         return lazy_over(plan.bound[output.index], output.geometry);
-      case Plan::Output::Kind::kRandom:
-        return wrap_new(random[output.index], program.device_index);
+      case Plan::Output::Kind::kRandom: {
+        StoragePtr& storage = drawn[output.index];
+        if (!storage) {
+          const c10::Storage& numbers_storage = random[output.index].storage();
+          storage = c10::make_intrusive<LazyStorage>(numbers_storage.nbytes(), program.device_index);
+          storage->set_backing(numbers_storage);
+        }
+        return lazy_over(storage, output.geometry);
+      }
     }
     TORCH_INTERNAL_ASSERT(false);
   };
@@ -167,6 +212,17 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
   const std::vector<StoragePtr> before = std::exchange(seen.inputs, run.inputs);
   const ScalarValues scalars = std::exchange(seen.scalars, run.scalars);
   seen.segment = run.segment;
+  seen.leaves.clear();
+  for (const auto& [slot, tensor] : run.tensors) {
+    const auto held = tensor.lock();
+    if (!held || !held->requires_grad()) continue;
+    const at::Tensor& grad = held->grad();
+    const bool made = grad.defined() && is_lazy(grad) &&
+                      std::any_of(run.created.begin(), run.created.end(), [&](const auto& each) {
+                        return each.second.get() == lazy_storage(grad);
+                      });
+    if (made) seen.leaves.push_back(tensor);
+  }
   OptimizerStep before_step;
   if (planned.optimizers) {
     before_step = std::exchange(seen.optimizers, *planned.optimizers);
@@ -204,7 +260,11 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
     return static_cast<uint32_t>(bound[slot]);
   };
   plan->constants.resize(program.inputs.size());
-  std::vector<std::pair<uint32_t, uint32_t>> random;  // created slot, number
+  struct Drawn {
+    uint32_t slot, number;
+    const Geometry& geometry;
+  };
+  std::vector<Drawn> random;
   for (size_t k = 0; k < program.inputs.size(); ++k) {
     const ProgramInput& input = program.inputs[k];
     using Kind = Plan::Source::Kind;
@@ -212,6 +272,9 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
       case ProgramInput::Kind::kSlot:
         if (const auto argument = argument_of(run.inputs[input.index].get())) {
           plan->inputs.push_back({Kind::kArgument, *argument});
+          const LazyStorage* storage = run.inputs[input.index].get();
+          const bool own = *argument < planned.made_for_the_call;
+          if (!own && before[input.index].get() == storage) plan->same_arguments.emplace_back(*argument, storage);
         } else {
           plan->inputs.push_back({Kind::kBound, bind(input.index)});
         }
@@ -238,7 +301,7 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
         plan->inputs.push_back({Kind::kRandom, number});
         plan->random_steps.push_back(input.index);
         const Step& step = *program.steps[input.index];
-        if (step.randomness == Randomness::kCreates) random.emplace_back(step.results[0].slot, number);
+        if (step.randomness == Randomness::kCreates) random.push_back({step.results[0].slot, number, *step.results[0].geometry});
         break;
       }
     }
@@ -249,8 +312,9 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
       const ProgramOutput& output = program.outputs[k];
       if (output.slot == slot) return Plan::Output{Plan::Output::Kind::kMade, k, seen_as.value_or(output.geometry)};
     }
-    for (const auto& [random_slot, number] : random) {
-      if (random_slot == slot) return Plan::Output{Plan::Output::Kind::kRandom, number, seen_as.value_or(Geometry())};
+    for (const Drawn& drawn : random) {
+      if (drawn.slot != slot) continue;
+      return Plan::Output{Plan::Output::Kind::kRandom, drawn.number, seen_as.value_or(drawn.geometry)};
     }
     return std::nullopt;
   };
@@ -304,7 +368,7 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
   for (const auto& [slot, tensor] : run.tensors) {
     const auto held = tensor.lock();
     if (!held || bound[slot] < 0 || lazy_storage(held.get()) != run.inputs[slot].get()) continue;
-    Watched watched{tensor, run.inputs[slot].get(), written(slot)};
+    Watched watched{tensor, run.inputs[slot].get(), slot, held->requires_grad(), written(slot)};
     const at::Tensor grad = held->requires_grad() ? at::Tensor(held->grad()) : at::Tensor();
     if (grad.defined() && is_lazy(grad)) {
       const auto created = std::find_if(run.created.begin(), run.created.end(), [&](const auto& each) {
@@ -313,12 +377,17 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
       if (created != run.created.end()) {
         auto output = output_of(grad);
         if (!output) return never("a gradient that it leaves is no output of its program");
-        plan->gradients.push_back({tensor, std::move(*output)});
+        const auto had = std::find_if(planned.had_gradients.begin(), planned.had_gradients.end(),
+                                      [&](const auto& each) { return each.first == held.get(); });
+        if (had == planned.had_gradients.end()) return nullptr;  // it is known the next time
+        plan->gradients.push_back({tensor, std::move(*output), had->second});
         accounted.push_back(lazy_storage(grad));
       }
     }
     plan->watched.push_back(std::move(watched));
   }
+  std::stable_sort(plan->watched.begin(), plan->watched.end(),
+                   [](const Watched& a, const Watched& b) { return a.slot < b.slot; });
   for (const auto& [slot, created] : run.created) {
     const bool is_result = std::find(accounted.begin(), accounted.end(), created.get()) != accounted.end();
     if (!planned.differentiable) {

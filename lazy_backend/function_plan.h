@@ -20,6 +20,8 @@ namespace reprise {
 struct Watched {
   c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
   const LazyStorage* storage;  ///< over which it lay when it was bound
+  uint32_t slot;
+  bool requires_grad;
   bool written = false;
 };
 
@@ -40,12 +42,16 @@ struct Plan {
   struct Gradient {
     c10::weak_intrusive_ptr<c10::TensorImpl> leaf;
     Output output;
+    bool was_there = false;  ///< one from before the call, which the function does not use
   };
 
   std::shared_ptr<Program> program;
   std::vector<Source> inputs;
   std::vector<c10::intrusive_ptr<LazyStorage>> bound;
-  std::vector<Watched> watched;
+  std::vector<Watched> watched;  ///< by slot
+  /// Arguments that lay over the same storage in the calls the plan is made of: what is
+  /// known of them may be known of that storage alone.
+  std::vector<std::pair<uint32_t, const LazyStorage*>> same_arguments;
   std::vector<at::Tensor> constants;  ///< by program input: what is the same in every call
   std::optional<OptimizerStep> optimizers;  ///< where it steps some
   std::vector<uint32_t> random_steps;
@@ -64,6 +70,8 @@ struct SeenRun {
   ScalarValues scalars;
   OptimizerStep optimizers;
   std::string optimizers_segment;  ///< of which `optimizers` was learned
+  /// Leaves in which it has left gradients.
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> leaves;
 };
 
 /// What a plan is made of.
@@ -72,10 +80,17 @@ struct PlannedRun {
   /// Over which the arguments of the call lay.
   const std::vector<const LazyStorage*>& arguments;
   const detail::Pack& result;
-  std::optional<OptimizerStep> optimizers = {};  ///< what the run did to those of the function
   /// What it has made and somebody holds is kept for the backward pass: further results.
   bool differentiable = false;
+  std::optional<OptimizerStep> optimizers = {};  ///< what the run did to those of the function
+  /// Of `SeenRun::leaves`, before the run: those that had a gradient, and those that had none.
+  std::vector<std::pair<const c10::TensorImpl*, bool>> had_gradients = {};
+  /// So many arguments are made for the call, and are nothing that the function holds.
+  uint32_t made_for_the_call = 0;
 };
+
+/// Which leaves of an earlier run have a gradient.
+std::vector<std::pair<const c10::TensorImpl*, bool>> gradients_of(const SeenRun& seen);
 
 /// Of each tensor; null where it is not lazy.
 std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors);

@@ -94,7 +94,10 @@ struct HotOp<Op, Return(Args...)> {
     const size_t scalars = segment.scalars.size();
     const Arg* recorded = step.args.data();
     Matcher matcher(segment);
-    if (C10_LIKELY((matcher.match(*recorded++, args) && ...))) return true;
+    if (C10_LIKELY((matcher.match(*recorded++, args) && ...))) {
+      if (C10_UNLIKELY(step.randomness != Randomness::kNone)) segment.draw_random(step, size, scalars);
+      return true;
+    }
     segment.rollback(size);
     segment.scalars.resize(scalars);
     return false;

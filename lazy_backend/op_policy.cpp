@@ -153,13 +153,15 @@ const Exception* exception_of(const c10::OperatorName& name) {
   return nullptr;
 }
 
-bool returns_tensors(const c10::FunctionSchema& schema) {
+/// Whether an op makes or writes tensors. One that does neither is there for what it does
+/// beside, an error say: programs would leave it out.
+bool makes_tensors(const c10::FunctionSchema& schema, const OpPolicy& policy) {
   for (const auto& result : schema.returns()) {
     const auto& type = result.type();
     if (type->kind() == c10::TypeKind::TensorType) return true;
     if (type->kind() == c10::TypeKind::ListType) return true;
   }
-  return schema.returns().empty();
+  return schema.returns().empty() && !policy.writes.empty();
 }
 
 }  // namespace
@@ -217,7 +219,7 @@ OpPolicy policy_of(const c10::OperatorHandle& op) {
   const auto space = op.operator_name().getNamespace();
   const bool known = space && (*space == "aten" || *space == "prims");
   if (!known || op.hasTag(at::Tag::data_dependent_output) ||
-      op.hasTag(at::Tag::dynamic_output_shape) || !returns_tensors(schema)) {
+      op.hasTag(at::Tag::dynamic_output_shape) || !makes_tensors(schema, policy)) {
     policy.kind = Kind::kLeave;
   } else if (op.hasTag(at::Tag::inplace_view)) {
     policy.kind = Kind::kMetadata;

@@ -1,6 +1,7 @@
 /// \file
 /// Calls that are no steps of a trace: reads and writes of the host, changes of
 /// metadata, ops whose results depend on data, and what libtorch may not record.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 
 #include <functional>
@@ -251,6 +252,26 @@ void Session::resize(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (!stack->empty()) stack->back() = self;
 }
 
+namespace {
+
+/// Throws where a tensor would lie outside of its storage. Eager's `set_` lets the storage grow.
+void check_fits(const c10::OperatorHandle& op, const c10::Storage& storage, size_t itemsize,
+                int64_t offset, c10::IntArrayRef sizes, c10::IntArrayRef strides) {
+  TORCH_CHECK(offset >= 0 && std::all_of(sizes.begin(), sizes.end(), [](int64_t n) { return n >= 0; }) &&
+                  std::all_of(strides.begin(), strides.end(), [](int64_t n) { return n >= 0; }) &&
+                  (strides.empty() || strides.size() == sizes.size()),
+              "reprise: ", op.operator_name(), " with sizes ", sizes, ", strides ", strides,
+              " and storage offset ", offset, ": there is no such tensor");
+  const auto extra = static_cast<size_t>(offset);
+  const size_t nbytes = strides.empty()
+                            ? at::detail::computeStorageNbytesContiguous(sizes, itemsize, extra)
+                            : at::detail::computeStorageNbytes(sizes, strides, itemsize, extra);
+  TORCH_CHECK(nbytes <= storage.nbytes(), "reprise: ", op.operator_name(), " needs a storage of ", nbytes,
+              " bytes and got one of ", storage.nbytes(), ", which does not grow by it; resize_ it before");
+}
+
+}  // namespace
+
 void Session::set_storage(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   // Only which storage the tensor lies over changes; the storage may be pending.
   const auto arguments = call_arguments(op, *stack);
@@ -277,12 +298,13 @@ void Session::set_storage(const c10::OperatorHandle& op, torch::jit::Stack* stac
       storage = arguments[1].toStorage();
       check_lazy(storage.device());
     }
-    impl->set_storage_keep_dtype(storage);
     if (count >= 4) {
       const int64_t offset = arguments[2].toInt();
       const auto sizes = arguments[3].toIntVector();
       std::vector<int64_t> strides;
       if (count >= 5 && arguments[4].isIntList()) strides = arguments[4].toIntVector();
+      check_fits(op, storage, self.itemsize(), offset, sizes, strides);
+      impl->set_storage_keep_dtype(storage);
       if (strides.empty() && !sizes.empty()) {
         impl->set_storage_offset(offset);
         impl->set_sizes_contiguous(sizes);
@@ -290,8 +312,10 @@ void Session::set_storage(const c10::OperatorHandle& op, torch::jit::Stack* stac
         impl->set_sizes_and_strides(sizes, strides, offset);
       }
     } else if (source.defined()) {
+      impl->set_storage_keep_dtype(storage);
       impl->set_sizes_and_strides(source.sizes(), source.strides(), source.storage_offset());
     } else {
+      impl->set_storage_keep_dtype(storage);
       const auto elements =
           static_cast<int64_t>(storage.nbytes() / self.dtype().itemsize());
       impl->set_storage_offset(0);

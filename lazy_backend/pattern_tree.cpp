@@ -6,6 +6,7 @@
 #include "lazy_backend/log.h"
 #include "lazy_backend/match.h"
 #include "lazy_backend/metrics.h"
+#include "lazy_backend/trace_tree.h"
 #include "reprise/options.h"
 
 namespace reprise {
@@ -114,6 +115,7 @@ bool Pattern::request(const std::string& name, const std::vector<StepPtr>& steps
                       const Segment& segment) {
   auto program = std::make_shared<Program>();
   program->name = name;
+  program->environment = environment_text(segment.environment());
   program->steps = without_unused_views(steps);
   const Step& last = *steps.back();
   program->live = segment.live_slots(last.first_slot + last.slot_count);
@@ -396,13 +398,24 @@ PatternTree::Node* PatternTree::insert(uint64_t environment, std::vector<StepPtr
   return node;
 }
 
+namespace {
+
+/// The same numbers of both are inputs of programs.
+bool same_inputs(const Step& a, const Step& b) {
+  return std::equal(a.args.begin(), a.args.end(), b.args.begin(), b.args.end(),
+                    [](const Arg& x, const Arg& y) { return x.dynamic == y.dynamic; });
+}
+
+}  // namespace
+
 void PatternTree::share_steps(const Node& node, std::span<StepPtr> steps) {
   const Node* at = &node;
   for (size_t k = steps.size(); k-- > 0; at = at->parent) {
     while (k > 0 && repeats(*at, *steps[k]) && repeats(*at, *steps[k - 1])) --k;
     const Step &known = *at->step, &step = *steps[k];
     const bool plain = known.symbolic == nullptr && step.symbolic == nullptr;
-    if (plain && known.grad_mode == step.grad_mode && known.same(step, /*floats_may_differ=*/false)) {
+    if (plain && known.grad_mode == step.grad_mode && same_inputs(known, step) &&
+        known.same(step, /*floats_may_differ=*/false)) {
       steps[k] = at->step;
     }
   }

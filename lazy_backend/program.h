@@ -4,9 +4,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -51,6 +53,8 @@ struct SharedProgram {
   std::string guards;
   /// Sizes at which its first run gave the interpreter's values.
   std::atomic<int> sizes_checked{0};
+  std::mutex mutex;
+  std::vector<uint64_t> hashes_checked;  ///< of these sizes; under the mutex
   /// It gave other values at some size: it is used at none.
   std::atomic<bool> wrong{false};
   /// Turns that it won against the interpreter, at all sizes, less those it lost.
@@ -59,6 +63,13 @@ struct SharedProgram {
   /// At so many sizes it is looked at; then it is taken to be right at others.
   static constexpr int kSizes = 3;
   bool checked() const { return sizes_checked.load() >= kSizes; }
+  /// Notes a size by the hash of its inputs' sizes; once each.
+  void note_checked(uint64_t size) {
+    const std::lock_guard lock(mutex);
+    if (std::find(hashes_checked.begin(), hashes_checked.end(), size) != hashes_checked.end()) return;
+    hashes_checked.push_back(size);
+    sizes_checked.store(static_cast<int>(hashes_checked.size()));
+  }
   /// So clearly that no more is timed.
   bool faster() const { return turns_ahead.load() >= 12; }
 };
@@ -80,6 +91,7 @@ struct Program {
   std::vector<StepPtr> steps;
   std::vector<uint32_t> live;  ///< created slots that are outputs, ascending
   c10::DeviceIndex device_index = 0;
+  std::string environment;  ///< in which its ops were called (`environment_text`)
   size_t scratch_bytes = 0;  ///< for its first run
   /// Where a program over symbols is wanted, and no other: steps that are alike at other
   /// sizes, whose outputs are in the same slots.

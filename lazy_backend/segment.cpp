@@ -3,6 +3,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include "lazy_backend/device.h"
+#include "lazy_backend/interpreter.h"
 #include "lazy_backend/symbolic_shape.h"
 
 namespace reprise {
@@ -28,6 +29,16 @@ int64_t Segment::find_shared(const LazyStorage* storage) const {
     if (bindings_[k].storage == storage) return static_cast<int64_t>(k);
   }
   return -1;
+}
+
+void Segment::draw_random(const Step& step, uint32_t size, size_t scalars_before) {
+  try {
+    random.push_back(draw(step));
+  } catch (...) {
+    rollback(size);
+    scalars.resize(scalars_before);
+    throw;
+  }
 }
 
 at::Tensor Segment::make_new(const Result& result) {

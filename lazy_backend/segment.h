@@ -33,12 +33,15 @@ class Segment {
   Segment& operator=(const Segment&) = delete;
   ~Segment() { clear(); }
 
-  void begin(uint64_t epoch, uint32_t session_id, Session* session) {
+  void begin(uint64_t epoch, uint32_t session_id, Session* session, uint64_t environment) {
     epoch_ = epoch;
+    environment_ = environment;
     session_id_ = session_id;
     session_ = session;
   }
   uint64_t epoch() const { return epoch_; }
+  /// In which its ops were called (`environment_key`).
+  uint64_t environment() const { return environment_; }
   uint32_t size() const { return static_cast<uint32_t>(bindings_.size()); }
   bool empty() const { return bindings_.empty(); }
 
@@ -95,6 +98,9 @@ class Segment {
 
   /// Forgets the slots from `size` on: a step that was not taken in the end.
   void rollback(uint32_t size);
+  /// Makes the numbers of a random step, which has matched and will be taken. Where they
+  /// cannot be made, it is as if it had not matched: back to so many slots and scalars.
+  void draw_random(const Step& step, uint32_t size, size_t scalars_before);
 
   /// The steps so far have been run: nothing is pending any more, and inputs are
   /// kept no longer than eager would keep them.
@@ -112,6 +118,7 @@ class Segment {
     random.swap(other.random);
     std::swap(scalar_tensors, other.scalar_tensors);
     std::swap(epoch_, other.epoch_);
+    std::swap(environment_, other.environment_);
     std::swap(session_id_, other.session_id_);
     std::swap(session_, other.session_);
   }
@@ -148,6 +155,7 @@ class Segment {
 
   std::vector<Binding> bindings_;
   uint64_t epoch_ = 0;
+  uint64_t environment_ = 0;
   uint32_t session_id_ = 0;
   Session* session_ = nullptr;
 };

@@ -5,6 +5,7 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <c10/util/ScopeExit.h>
 #include <dlfcn.h>
 #include <execinfo.h>
 #include <link.h>
@@ -63,6 +64,9 @@ bool any_lazy(c10::ArrayRef<c10::IValue> values) {
   visit_tensors(values, [&](const at::Tensor& tensor) { found = found || is_lazy(tensor); });
   return found;
 }
+
+/// A call's symbolic integers are being read by this thread's session, under its lock.
+thread_local bool takes_numbers = false;
 
 /// Whether a symbolic integer is compared by the user's code: libtorch's own asks a hundred
 /// things of sizes that say nothing of the program.
@@ -228,8 +232,8 @@ const OpPolicy& Session::policy(const c10::OperatorHandle& op) {
 
 void Session::begin_segment() {
   current_.clear();
-  current_.begin(next_epoch(), id_, this);
   environment_ = environment_key();
+  current_.begin(next_epoch(), id_, this, environment_);
   root_ = tree_.root(environment_);
   log_.clear();
   symbolic_.begin();
@@ -385,7 +389,6 @@ SegmentEnd& Session::reached(Node& node) {
   return end;
 }
 
-void Session::draw_random(const Step& step) { current_.random.push_back(draw(step)); }
 
 void Session::close(Node* node) {
   // The tree says that a step ends here. It is launched when the next op reads.
@@ -490,6 +493,8 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
   const std::lock_guard<SessionLock> guard(lock_);
   if (C10_UNLIKELY(any_symbolic())) {
+    takes_numbers = true;
+    const auto done = c10::make_scope_exit([] { takes_numbers = false; });
     symbolic_.take_numbers({stack->data() + (stack->size() - arguments.size()), arguments.size()});
   }
   const OpPolicy& how = policy(op);
@@ -606,6 +611,8 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
     return child->step->op == op && child->step->device_index == device_index;
   };
   Node* found = nullptr;
+  const uint32_t size = current_.size();
+  const size_t scalars = current_.scalars.size();
   const Candidates candidates(cursor_, [&] { return CallHash::of(arguments); });
   for (Candidates each = candidates; Node* child = each.get(); each.next()) {
     if (is_candidate(child) && match(child, args, count, false, nullptr)) {
@@ -626,6 +633,7 @@ bool Session::verify(const c10::OperatorHandle& op, const OpPolicy& how,
   if (found == nullptr) return false;
 
   const Step& step = *found->step;
+  if (C10_UNLIKELY(step.randomness != Randomness::kNone)) current_.draw_random(step, size, scalars);
   c10::SmallVector<c10::IValue, 4> results;
   const std::function<c10::IValue(const Result&)> make = [&](const Result& result) -> c10::IValue {
     switch (result.kind) {
@@ -743,6 +751,9 @@ bool Session::infer(const c10::OperatorHandle& op, const OpPolicy& how,
     if (next != nullptr && how.shapes->infer(*next->step, values)) {
       step = recorder.take_results(values);
       if (step != nullptr && !next->step->alike(*step, /*floats_may_differ=*/false)) step = nullptr;
+      if (step != nullptr && step->randomness != Randomness::kNone) {
+        current_.random.push_back(draw(*step));
+      }
     }
   } catch (const std::exception& error) {
     // Perhaps the user's error, which the backing device will throw.
@@ -764,7 +775,6 @@ bool Session::infer(const c10::OperatorHandle& op, const OpPolicy& how,
   step->live_before = static_cast<int32_t>(live);
   describe(*step, recorder, how, values, next->step.get(), /*inferred=*/true);
   for (const uint32_t slot : step->written_inputs) current_.at(slot)->set_pending_in(this);
-  if (step->randomness != Randomness::kNone) draw_random(*step);
   log_.push_back(std::move(step));
   metrics().ops_inferred.add(1);
   torch::jit::drop(*stack, arguments.size());
@@ -885,9 +895,16 @@ void Session::describe(Step& step, const StepRecorder& recorder, const OpPolicy&
 }
 
 void Session::note_guard(const Expression& condition) {
+  if (takes_numbers) return;  // under the lock, and libtorch's own
   // What is verified or inferred was asked the same before.
-  if ((cursor_ != nullptr && cursor_ != root_) || pattern_ != nullptr) return;
-  if (asked_by_the_program()) symbolic_.note_guard(condition, log_.size());
+  const auto known = [&] { return (cursor_ != nullptr && cursor_ != root_) || pattern_ != nullptr; };
+  {
+    const std::lock_guard<SessionLock> guard(lock_);
+    if (known()) return;
+  }
+  if (!asked_by_the_program()) return;
+  const std::lock_guard<SessionLock> guard(lock_);
+  if (!known()) symbolic_.note_guard(condition, log_.size());
 }
 
 void Session::stop_recording(uint64_t ops, const char* reason) {

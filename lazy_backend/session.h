@@ -76,7 +76,6 @@ class Session final : private GuardListener {
   }
   /// The call matched `node`, and its results have been made.
   void advance(Node* node) {
-    if (C10_UNLIKELY(node->step->randomness != Randomness::kNone)) draw_random(*node->step);
     for (const uint32_t slot : node->step->written_inputs) {
       current_.at(slot)->set_pending_in(this);
     }
@@ -122,7 +121,6 @@ class Session final : private GuardListener {
   friend struct ThreadExit;
 
   void note_guard(const Expression& condition) override;
-  void draw_random(const Step& step);
   void watch_arguments(c10::ArrayRef<c10::IValue> arguments);
   /// A segment of a compiled function ends before the function does.
   void break_function(const char* reason);

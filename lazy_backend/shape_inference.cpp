@@ -145,7 +145,7 @@ std::vector<Sizes> variance(const Call& call) {  // self, dim, correction, keepd
 }
 
 std::vector<Sizes> count_of_range(int64_t start, int64_t end, int64_t step) {
-  TORCH_CHECK(step != 0 && (end - start) / step >= 0, "reprise: an empty range");
+  TORCH_CHECK(step > 0 ? end >= start : step < 0 && end <= start, "reprise: no range");
   return {{(end - start + step - (step > 0 ? 1 : -1)) / step}};
 }
 
@@ -259,7 +259,11 @@ const std::unordered_map<std::string_view, Rule>& rules() {
       {"aten::max", scalar},
       {"aten::min", scalar},
       {"aten::norm.Scalar", scalar},
-      {"aten::dot", scalar},
+      {"aten::dot",
+       [](const Call& c) {
+         TORCH_CHECK(c.rank(0) == 1 && c.sizes(0) == c.sizes(1), "reprise: unequal vectors");
+         return std::vector<Sizes>{{}};
+       }},
       {"aten::var.correction", variance},
       {"aten::std.correction", variance},
       {"aten::var_mean.correction",
@@ -269,7 +273,12 @@ const std::unordered_map<std::string_view, Rule>& rules() {
          return std::vector<Sizes>{reduced(c.sizes(0), c.integers(1), c.flag(2))};
        }},
 
-      {"aten::mv", [](const Call& c) { return std::vector<Sizes>{{c.size(0, 0)}}; }},
+      {"aten::mv",
+       [](const Call& c) {
+         TORCH_CHECK(c.rank(0) == 2 && c.rank(1) == 1 && c.size(0, 1) == c.size(1, 0),
+                     "reprise: a vector of another length");
+         return std::vector<Sizes>{{c.size(0, 0)}};
+       }},
       {"aten::embedding",
        [](const Call& c) {
          Sizes sizes = c.sizes(1);

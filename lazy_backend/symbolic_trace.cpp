@@ -33,6 +33,19 @@ void for_each_value(std::vector<Result>& results, std::span<c10::IValue> values,
   }
 }
 
+/// Whether lists among the results are as long as those among the values.
+bool same_lengths(const std::vector<Result>& results, std::span<const c10::IValue> values) {
+  if (results.size() != values.size()) return false;
+  for (size_t k = 0; k < results.size(); ++k) {
+    if (results[k].kind != Result::Kind::kList) continue;
+    const auto& items = *results[k].list;
+    if (!values[k].isList() || values[k].toListRef().size() != items.size()) return false;
+    const auto tensors = values[k].toListRef();
+    if (!same_lengths(items, {tensors.begin(), tensors.end()})) return false;
+  }
+  return true;
+}
+
 /// A step's arguments on the `meta` device.
 class MetaArguments {
  public:
@@ -261,6 +274,7 @@ SymbolicTrace::Outcome SymbolicTrace::try_out(const Step& step, const ShapeInfer
     try {
       torch::jit::Stack stack = MetaArguments().of(*elsewhere);
       if (!shapes.infer(step, stack)) break;
+      if (!same_lengths(step.results, stack)) continue;  // another program
       std::vector<Result> results = step.results;
       for_each_value(results, stack, [&](const c10::IValue& value, Result&) {
         made.emplace_back(*value.toTensor().unsafeGetTensorImpl());

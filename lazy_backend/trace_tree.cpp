@@ -240,4 +240,24 @@ uint64_t environment_key() {
   return key << 32 | traced_function();
 }
 
+std::string environment_text(uint64_t key) {
+  key >>= 40;  // the function and the device's type
+  const auto take = [&key](int bits) {
+    const uint64_t value = key & ((uint64_t{1} << bits) - 1);
+    key >>= bits;
+    return value;
+  };
+  const auto precision = static_cast<at::Float32MatmulPrecision>(take(2));
+  const bool fills = take(1) != 0, deterministic = take(1) != 0;
+  const auto dtype = static_cast<c10::ScalarType>(key);
+  std::string text;
+  if (dtype != c10::kFloat) text += c10::str(" default_dtype=", dtype);
+  if (deterministic) text += " deterministic";
+  if (deterministic && !fills) text += " unfilled";
+  if (precision != at::Float32MatmulPrecision::HIGHEST) {
+    text += c10::str(" matmul_precision=", static_cast<int>(precision));
+  }
+  return text.empty() ? text : text.substr(1);
+}
+
 }  // namespace reprise

@@ -124,6 +124,10 @@ class TraceTree {
 /// function the calling thread is in.
 uint64_t environment_key();
 
+/// What an environment is in that programs are made for it: `default_dtype=double`. Empty
+/// where everything is as it is when a process starts.
+std::string environment_text(uint64_t key);
+
 /// The number of the compiled function that the calling thread traces; 0: none.
 uint64_t& traced_function();
 

@@ -142,13 +142,16 @@ std::optional<int64_t> combine(Kind kind, int64_t a, int64_t b) {
 }  // namespace
 
 Expression Expression::constant(int64_t value) {
-  return Expression(Node{Kind::kConstant, value, {}});
+  return Expression(Node{Kind::kConstant, value, {}, 1});
 }
 Expression Expression::symbol(uint32_t index) {
-  return Expression(Node{Kind::kSymbol, index, {}});
+  return Expression(Node{Kind::kSymbol, index, {}, 1});
 }
 Expression Expression::of(Kind kind, std::vector<Expression> operands) {
-  return Expression(Node{kind, 0, std::move(operands)});
+  uint64_t length = 1;
+  for (const Expression& operand : operands) length += operand.length();
+  return Expression(Node{kind, 0, std::move(operands),
+                         static_cast<uint32_t>(std::min<uint64_t>(length, UINT32_MAX))});
 }
 
 Expression Expression::parse(std::string_view text) { return Parser(text).whole(); }

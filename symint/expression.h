@@ -57,6 +57,8 @@ class Expression {
 
   Kind kind() const { return node_->kind; }
   const std::vector<Expression>& operands() const { return node_->operands; }
+  /// Operators and operands that it is written with, those of shared parts each time.
+  uint32_t length() const { return node_->length; }
   /// Of a constant or a symbol.
   int64_t value() const { return node_->value; }
 
@@ -65,6 +67,7 @@ class Expression {
     Kind kind;
     int64_t value = 0;
     std::vector<Expression> operands;
+    uint32_t length = 1;
   };
   explicit Expression(Node node) : node_(std::make_shared<const Node>(std::move(node))) {}
   std::shared_ptr<const Node> node_;

@@ -69,7 +69,7 @@ class Fitter {
   }
 
  private:
-  /// Symbols and sizes, their squares and products of up to three.
+  /// Symbols and sizes, their squares and products of up to three where they are few.
   void make_terms() {
     const size_t count = symbols_.empty() ? 0 : symbols_[0].size();
     for (uint32_t k = 0; k < count; ++k) {
@@ -83,7 +83,9 @@ class Fitter {
       singles_.push_back(std::move(term));
     }
     terms_ = singles_;
-    for (size_t degree = 2, begin = 0; degree <= 3; ++degree) {
+    // Of many, products would be more than there is time for.
+    const size_t most = singles_.size() <= 8 ? 3 : singles_.size() <= 24 ? 2 : 1;
+    for (size_t degree = 2, begin = 0; degree <= most; ++degree) {
       const size_t end = terms_.size();
       for (size_t a = begin; a < end; ++a) {
         for (const Term& b : singles_) {

@@ -52,6 +52,11 @@ Expression simplified(Op op, const Expression& a, const Expression& b, int64_t v
     case Op::kAdd:
       if (is_number(b, 0)) return a;
       if (is_number(a, 0)) return b;
+      if (int64_t sum = 0; is_number(b) && a.kind() == Op::kAdd && is_number(a.operands().back()) &&
+                           a.operands().size() == 2 &&
+                           !__builtin_add_overflow(a.operands().back().value(), b.value(), &sum)) {
+        return sum == 0 ? a.operands()[0] : Expression::of(Op::kAdd, {a.operands()[0], Expression::constant(sum)});
+      }
       break;
     case Op::kSubtract:
       if (is_number(b, 0)) return a;
@@ -129,7 +134,11 @@ c10::SymNode SymbolicNumber::combined(Op op, const c10::SymNode& with) {
                                          Expression::constant(other->value_)}).evaluate({});
   TORCH_CHECK_VALUE(value.has_value(), "reprise: ", text(), " with ", value_, " and ",
                     other->value_, " does not fit into 64 bits");
-  return node(Kind::kInt, simplified(op, expression_, other->expression_, *value), *value);
+  // A number that took so much to compute goes on as a plain one: another size is another trace.
+  constexpr uint32_t kLongest = 512;
+  Expression expression = simplified(op, expression_, other->expression_, *value);
+  if (expression.length() > kLongest) expression = Expression::constant(*value);
+  return node(Kind::kInt, std::move(expression), *value);
 }
 
 c10::SymNode SymbolicNumber::compared(Op op, const c10::SymNode& with) {

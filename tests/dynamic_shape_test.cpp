@@ -319,6 +319,33 @@ TEST_F(DynamicShapes, DoNotFillTheTreeWithPrograms) {
   EXPECT_GE(since(before).segments_replayed, 100u) << explain();
 }
 
+TEST_F(DynamicShapes, ADefaultDtypeHasProgramsOfItsOwn) {
+  const auto step = [](torch::Device device, int64_t size) {
+    const double number = 0.1;  // which a float does not hold
+    auto y = torch::full({size}, number, torch::kDouble).to(device);
+    for (int k = 0; k < 12; ++k) y = y * 1.0;
+    y = y - torch::full({size}, number, torch::TensorOptions(device));
+    return y;
+  };
+  const auto round = [&] {
+    for (int time = 0; time < 4; ++time) {
+      for (const int64_t size : {4, 6, 9, 5}) {
+        const auto y = step(torch::kLazy, size);
+        mark_step();
+        expect_close(y, step(eager_device(), size), 1);
+        wait_for_compiles();
+      }
+    }
+  };
+  round();
+  const auto stock = torch::get_default_dtype();
+  torch::set_default_dtype(c10::scalarTypeToTypeMeta(torch::kDouble));
+  round();
+  round();
+  torch::set_default_dtype(stock);
+  round();
+}
+
 TEST_F(DynamicShapes, CanBeSwitchedOff) {
   options().dynamic_shapes = false;
   const auto x = random(torch::kLazy, {8});

@@ -137,6 +137,37 @@ TEST_F(Errors, ADtypeThatTheBackingDeviceCannotDo) {
   }
 }
 
+TEST_F(Errors, ASingularMatrixIsOneInAnyStep) {
+  for (const bool compiled : {false, true}) {
+    begin_test(compiled);
+    const auto step = [](const torch::Tensor& matrix) {
+      auto y = torch::linalg_inv(matrix);
+      for (int k = 0; k < 20; ++k) y = y.sin() + 0.25;
+      return y.sum().item<float>();
+    };
+    for (int k = 0; k < 12; ++k) {
+      const auto matrix = torch::eye(3) * (k + 1), singular = torch::zeros({3, 3});
+      EXPECT_NEAR(step(matrix.to(torch::kLazy)), step(matrix), 1e-3);
+      EXPECT_TRUE(holds(message_of([&] { step(singular.to(torch::kLazy)); }), "singular"));
+      EXPECT_TRUE(holds(message_of([&] { (void)torch::linalg_cholesky(singular.to(torch::kLazy)); }),
+                        "positive-definite"));
+      mark_step();
+      wait_for_compiles();
+    }
+  }
+}
+
+TEST_F(Errors, AStorageThatIsTooSmallIsNotTaken) {
+  auto a = torch::ones({4}).to(torch::kLazy), b = torch::empty({0}, a.options());
+  EXPECT_TRUE(holds(message_of([&] { b.set_(a.storage(), 0, {1000}, {1}); }), "needs a storage of 4000 bytes and got one of 16"));
+  EXPECT_TRUE(holds(message_of([&] { b.set_(a.storage(), 3, {2}, {1}); }), "needs a storage of 20 bytes"));
+  EXPECT_TRUE(holds(message_of([&] { b.set_(a.storage(), -1, {2}, {1}); }), "there is no such tensor"));
+  EXPECT_EQ(b.numel(), 0);
+  b.set_(a.storage(), 2, {2}, {1});
+  b.zero_();
+  EXPECT_EQ(a.sum().item<float>(), 2.0F);
+}
+
 TEST_F(Errors, AnOpThatTheBackingDeviceDoesNotHaveIsNamed) {
   if (!eager_device().is_cpu()) GTEST_SKIP() << "an op of CUDA's alone is used";
   const auto x = torch::ones({2, 3}).to(torch::kLazy);

@@ -318,6 +318,26 @@ class FailingAllocator final : public c10::Allocator {
   c10::Allocator* const stock_ = c10::GetAllocator(c10::kCPU);
 };
 
+TEST_F(Programs, ARandomOpThatFindsNoMemoryCanBeCalledAgain) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "the CPU's allocator is made to fail";
+  FailingAllocator allocator;
+  const auto x = random(torch::kLazy, {256, 256});
+  for (int k = 0; k < 5; ++k) {
+    if (k == 3) allocator.until_failure = 1;  // `x * 2` is verified, and makes nothing yet
+    const auto y = x * 2;
+    torch::Tensor numbers;
+    try {
+      numbers = torch::rand_like(x);
+    } catch (const c10::OutOfMemoryError&) {
+      numbers = torch::rand_like(x);
+    }
+    const auto z = y + numbers;
+    mark_step();
+    expect_close(z - numbers, x.cpu() * 2, 100);
+  }
+  EXPECT_EQ(allocator.failures, 1);
+}
+
 TEST_F(Programs, TheInterpreterTakesOverWhereAProgramFindsNoMemory) {
   if (!eager_device().is_cpu()) GTEST_SKIP() << "the CPU's allocator is made to fail";
   begin_test(/*compile=*/true);

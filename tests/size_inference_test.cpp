@@ -276,6 +276,32 @@ TEST_F(InferredSizes, AnErrorOfTheUserIsThrownAtItsLine) {
   }
 }
 
+TEST_F(InferredSizes, VectorsThatDoNotFitAreAnErrorAtTheirLine) {
+  int caught = 0;
+  Pair pair([&](torch::Device device) -> SizedStep {
+    return [&, device](int64_t size) -> Tensors {
+      const int64_t other = size == 7 ? 8 : size;
+      auto a = torch::rand({size}).to(device);
+      const auto b = torch::rand({other}).to(device), matrix = torch::rand({3, other}).to(device);
+      for (int k = 0; k < 32; ++k) a = torch::tanh(a) + 0.1;
+      const auto sum_where_it_fails = [&](const auto& op) {
+        try {
+          return op();
+        } catch (const c10::Error&) {
+          ++caught;
+          return a.sum();
+        }
+      };
+      return {sum_where_it_fails([&] { return torch::dot(a, b); }),
+              sum_where_it_fails([&] { return torch::mv(matrix, a).sum(); })};
+    };
+  });
+  pair.learn();
+  pair.step(7);
+  EXPECT_EQ(caught, 4);
+  pair.expect_inferred(8);
+}
+
 TEST_F(InferredSizes, DropoutDropsTheSame) {
   Pair pair(chain([](torch::Tensor y, int64_t) { return torch::dropout(y, 0.4, true); }));
   pair.learn();

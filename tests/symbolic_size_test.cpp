@@ -280,6 +280,30 @@ TEST_F(SymbolicSizes, OneNameForTwoSizesIsSaidInExplain) {
       << explain();
 }
 
+TEST_F(SymbolicSizes, AListAsLongAsASizeFixesIt) {
+  auto x = torch::ones({40, 8}).to(torch::kLazy);
+  mark_dynamic(x, 0, {.name = "rows", .least = 1, .most = 64});
+  const auto rows = x.unbind(0);
+  auto sum = rows[0];
+  for (size_t k = 1; k < rows.size(); ++k) sum = sum + rows[k];
+  mark_step();
+  expect_close(sum, torch::full({8}, 40.0F), 1);
+  EXPECT_NE(explain().find("rows is fixed by aten::unbind"), std::string::npos) << explain();
+}
+
+TEST_F(SymbolicSizes, MayBeCalculatedWithForEver) {
+  auto x = torch::ones({40, 8}).to(torch::kLazy);
+  mark_dynamic(x, 0, {.name = "rows"});
+  c10::SymInt n = x.sym_size(0), halved = x.sym_size(0);
+  for (int k = 0; k < 100'000; ++k) n = n + 1;
+  EXPECT_EQ(n.guard_int(__FILE__, __LINE__), 100'040);
+  EXPECT_EQ(c10::str(n), "rows + 100000");
+  for (int k = 0; k < 60; ++k) halved = (halved + halved % 2) / 2;
+  EXPECT_EQ(x.narrow_symint(0, 0, halved).size(0), 1);
+  for (int k = 0; k < 100'000; ++k) n = n - 1;
+  EXPECT_EQ(n.guard_int(__FILE__, __LINE__), 40);
+}
+
 TEST_F(SymbolicSizes, BadMarksAreErrors) {
   auto x = batch(torch::kLazy, {6, 5});
   expect_error<c10::ValueError>([&] { mark_dynamic(x, 0, {.name = "rows", .most = 4}); },

@@ -92,6 +92,16 @@ TEST(Fitting, TakesNoMoreConstantsThanItMay) {
 
 /// What is fitted to few samples may be wrong elsewhere. Whatever it is, it gives the
 /// samples' values, and `evaluate` tells where it differs from the truth.
+TEST(Fitting, EndsWhereSymbolsAreMany) {
+  // Of 64 sizes, products of three would be 48,000.
+  std::vector<std::vector<int64_t>> members(3);
+  for (int64_t member = 0; member < 3; ++member) {
+    for (int64_t k = 0; k < 64; ++k) members[static_cast<size_t>(member)].push_back(2 + (7 * member + 5 * k * k) % 61);
+  }
+  const std::vector<int64_t> unknown{5, 1000, 77};
+  for (int time = 0; time < 50; ++time) (void)fit(members, unknown, 8);
+}
+
 TEST(Fitting, IsRightWhereItWasAsked) {
   std::mt19937 random(1);
   const auto below = [&](int n) { return static_cast<int64_t>(random() % static_cast<uint32_t>(n)); };

@@ -302,6 +302,14 @@ class Arguments(CompilerTest):
         self.check(f, [torch.randn(4, 8)])
 
 
+    def test_a_filled_tensor_is_rounded_to_its_dtype(self):
+        def f(x):
+            half = torch.zeros(4, dtype=torch.bfloat16).fill_(0.1)
+            whole = aten.full([4], 16777217, dtype=torch.float32)
+            return x - torch.full([4], 0.1), x - whole, x - half, x - x.float().new_full([4], 0.1)
+
+        self.check(f, [torch.randn(4, dtype=torch.float64)], tolerance=0)
+
     def test_keyword_numbers_of_fallbacks(self):
         def f(x, y):
             z = x.cfloat()

@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from . import torch_patches
+from .fills import round_fills
 from .mutations import copy_old_values_first
 from .symbols import Symbols
 from .toolchain import Toolchain
@@ -51,6 +52,7 @@ def inductor_options() -> dict[str, Any]:
         "bundle_triton_into_fx_graph_cache": False,
         # Weights are inputs and change between calls.
         "freezing": False,
+        "joint_custom_pre_pass": round_fills,
         "post_grad_custom_post_pass": copy_old_values_first,
         # Who runs the program compares geometries.
         "size_asserts": False,
