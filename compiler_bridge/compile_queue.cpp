@@ -325,8 +325,8 @@ void CompileQueue::process(Program& program) {
   dump(program, trace);
 
   std::optional<SplitTrace> split;
-  ProgramFamily* family = nullptr;
-  if (options().dynamic_shapes && !program.alone) family = &note(split.emplace(trace));
+  std::shared_ptr<ProgramFamily> family;
+  if (options().dynamic_shapes && !program.alone) family = note(split.emplace(trace));
   if (auto runner = load(key, backing_device_of(program.device_index))) {
     program.runner = std::move(runner);
     program.from_store = true;
@@ -354,27 +354,27 @@ void CompileQueue::process_all_sizes(Program& program) {
   dump(program, trace);
   SplitTrace split(trace);
   name_sites(split, program);
-  ProgramFamily& family = note(split);
+  const std::shared_ptr<ProgramFamily> family = note(split);
   {
     const std::lock_guard lock(families_mutex_);
-    family.name_sites(split.sites);
+    family->name_sites(split.sites);
   }
   std::vector<int64_t> integers;
   outline->complete = outline->complete && outline->apply(program, integers) &&
                       integers == split.integers;
   if (!outline->complete) REPRISE_LOG(2, program.name, ": other sizes' traces must be written out");
   program.outline = std::move(outline);
-  program.family = &family;
-  if (serve_or_compile(program, split, family)) return finish(program, "");
+  program.family = family;
+  if (serve_or_compile(program, split, *family)) return finish(program, "");
   // Each size can still have a program of its own.
   program.problem = program.reason;
   program.state.store(Program::State::kFailed, std::memory_order_release);
 }
 
-ProgramFamily& CompileQueue::note(const SplitTrace& split) {
+std::shared_ptr<ProgramFamily> CompileQueue::note(const SplitTrace& split) {
   const std::lock_guard lock(families_mutex_);
-  ProgramFamily& family = families_.of(split);
-  family.note(split.integers);
+  auto family = families_.of(split);
+  family->note(split.integers);
   return family;
 }
 
@@ -398,7 +398,7 @@ bool CompileQueue::serve(Program& program, const std::vector<int64_t>& integers,
 
 bool CompileQueue::share(Program& program, const Program& like) try {
   std::vector<int64_t> integers;
-  const ProgramFamily* family = nullptr;
+  std::shared_ptr<const ProgramFamily> family;
   if (like.outline != nullptr && like.outline->complete &&
       like.outline->apply(program, integers)) {
     family = like.family;
@@ -503,16 +503,23 @@ std::shared_ptr<Runner> CompileQueue::compile(Program& program, const std::strin
                                               const std::string& key, std::string* problem) {
   if (!open_compiler(problem)) return nullptr;
   // The compiler reads these settings too.
-  if (const std::string now = environment_text(environment_key()); now != program.environment) {
+  const auto has_other_settings = [&] {
+    const std::string now = environment_text(environment_key());
+    if (now == program.environment) return false;
     const auto named = [](const std::string& text) { return text.empty() ? "the usual settings" : text; };
     *problem = "it was recorded with " + named(program.environment) + ", and the process has " +
                named(now) + " by now";
-    return nullptr;
-  }
+    return true;
+  };
+  if (has_other_settings()) return nullptr;
   const std::string path = ArtifactStore::get().path(key);
   const auto start = std::chrono::steady_clock::now();
   const auto phases = build(trace, path, problem);
   if (!phases) return nullptr;
+  if (has_other_settings()) {
+    ArtifactStore::get().drop(key);
+    return nullptr;
+  }
   std::shared_ptr<Runner> runner = load_package_runner(path, backing_device_of(program.device_index));
   loaded_[key] = runner;
   program.compile_seconds = seconds_since(start);

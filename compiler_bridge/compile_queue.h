@@ -68,7 +68,7 @@ class CompileQueue {
   std::shared_ptr<Runner> compile(Program& program, const std::string& trace,
                                   const std::string& key, std::string* problem);
   /// The family of a trace, which is now one of its members.
-  ProgramFamily& note(const SplitTrace& trace);
+  std::shared_ptr<ProgramFamily> note(const SplitTrace& trace);
   /// Serves the program by one over symbols that is there.
   static bool serve(Program& program, const std::vector<int64_t>& integers,
                     const ProgramFamily& family);
@@ -104,8 +104,10 @@ class CompileQueue {
   int process_ = 0;  ///< in which the thread runs, not one that was forked later; 0: no thread yet
   std::atomic<bool> warm_{false};
 
+  /// Of traces that differ in integers alone; each is some traces, and programs while in use.
+  static constexpr size_t kMostFamilies = 1024;
   std::mutex families_mutex_;  ///< held for moments, never during a compile
-  ProgramFamilies families_;
+  ProgramFamilies families_{kMostFamilies};
 
   // The queue's thread only.
   std::unordered_map<std::string, std::weak_ptr<Runner>> loaded_;

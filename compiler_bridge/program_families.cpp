@@ -84,13 +84,24 @@ std::string ProgramFamily::differences(const std::vector<int64_t>& integers) con
   return text.empty() ? elsewhere : text;
 }
 
-ProgramFamily& ProgramFamilies::of(const SplitTrace& trace) {
-  return families_.try_emplace(trace.skeleton(), trace).first->second;
+std::shared_ptr<ProgramFamily> ProgramFamilies::of(const SplitTrace& trace) {
+  Known& known = families_[trace.skeleton()];
+  known.used = ++uses_;
+  if (known.family == nullptr) known.family = std::make_shared<ProgramFamily>(trace);
+  const auto family = known.family;
+  if (families_.size() > most_) {
+    families_.erase(std::min_element(families_.begin(), families_.end(), [](const auto& a, const auto& b) {
+      return a.second.used < b.second.used;
+    }));
+  }
+  return family;
 }
 
-const ProgramFamily* ProgramFamilies::find(const SplitTrace& trace) const {
+std::shared_ptr<const ProgramFamily> ProgramFamilies::find(const SplitTrace& trace) {
   const auto found = families_.find(trace.skeleton());
-  return found == families_.end() ? nullptr : &found->second;
+  if (found == families_.end()) return nullptr;
+  found->second.used = ++uses_;
+  return found->second.family;
 }
 
 std::vector<Expression> read_guards(const std::string& package) {

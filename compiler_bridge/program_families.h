@@ -70,13 +70,23 @@ class ProgramFamily {
 /// Not thread-safe.
 class ProgramFamilies {
  public:
-  /// The family of a trace, made where there is none. It stays where it is.
-  ProgramFamily& of(const SplitTrace& trace);
+  /// Beyond `most`, the family that was asked for longest ago is forgotten; those who hold
+  /// it keep it.
+  explicit ProgramFamilies(size_t most) : most_(most) {}
+  /// The family of a trace, made where there is none.
+  std::shared_ptr<ProgramFamily> of(const SplitTrace& trace);
   /// As above, null where there is none.
-  const ProgramFamily* find(const SplitTrace& trace) const;
+  std::shared_ptr<const ProgramFamily> find(const SplitTrace& trace);
+  size_t size() const { return families_.size(); }
 
  private:
-  std::unordered_map<std::string, ProgramFamily> families_;
+  struct Known {
+    std::shared_ptr<ProgramFamily> family;
+    uint64_t used = 0;
+  };
+  const size_t most_;
+  uint64_t uses_ = 0;
+  std::unordered_map<std::string, Known> families_;
 };
 
 /// The guards beside a package, one a line. Throws where they are missing or no

@@ -218,7 +218,9 @@ class TracedBackward final : public autograd::Node {
       session.abandon_function();
       throw;
     }
-    note(session.end_function(), planned, made);
+    const FunctionTrace run = session.end_function();
+    // A second pass through the same graph has the same inputs, which says nothing of others.
+    if (!std::exchange(noted_, true)) note(run, planned, made);
     return made;
   }
 
@@ -244,7 +246,8 @@ class TracedBackward final : public autograd::Node {
         detail::Pack result;
         result.tensors = made;
         PlannedRun planned{run, arguments, result};
-        planned.made_for_the_call = static_cast<uint32_t>(gradients.size());
+        planned.first_given = static_cast<uint32_t>(gradients.size());
+        planned.last_given = planned.first_given + static_cast<uint32_t>(forward_.arguments.size());
         backward = plan_of(seen.run, planned, seen.reason);
       }
       reason = seen.reason;
@@ -270,8 +273,7 @@ class TracedBackward final : public autograd::Node {
       }
     }
     for (const auto& [argument, storage] : backward->same_arguments) {
-      const auto saved = static_cast<uint32_t>(argument - gradients.size());
-      if (saved < forward_.arguments.size()) plan->same_arguments.emplace_back(saved, storage);
+      plan->same_arguments.emplace_back(static_cast<uint32_t>(argument - gradients.size()), storage);
     }
     const auto& watched = forward_.plan->watched;
     for (uint32_t k = 0; k < watched.size(); ++k) {
@@ -294,6 +296,7 @@ class TracedBackward final : public autograd::Node {
   const std::vector<uint32_t> results_;
   std::vector<Geometry> geometries_;
   std::vector<at::Tensor> inner_;  ///< results with libtorch's history
+  bool noted_ = false;
 };
 
 /// The backward pass of a call that was replayed: a program.

@@ -35,6 +35,8 @@ struct Entry {
   std::atomic<uint64_t> replayed{0};
 
   SeenRun seen;
+  /// What the last run used, where it was watched.
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> used;
   SeenBackward backward;
 };
 
@@ -231,10 +233,10 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool watched, const Pa
       std::any_of(arguments.tensors.begin(), arguments.tensors.end(), [](const at::Tensor& tensor) {
         return tensor.defined() && !is_lazy(tensor) && !is_number(tensor);
       });
-  std::vector<std::pair<const c10::TensorImpl*, bool>> had_gradients;
+  std::vector<HeldTensor> held;
   {
     const std::shared_lock lock(mutex_);
-    had_gradients = gradients_of(entry->seen);
+    held = held_of(entry->used);
   }
   OptimizerState optimizers;
   if (!options_.optimizers.empty()) optimizers = state_of(options_.optimizers);
@@ -272,14 +274,19 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool watched, const Pa
     if (run.verified && watched && reason.empty() && !options_.optimizers.empty()) {
       step = step_of(run, optimizers, state_of(options_.optimizers), reason);
     }
-    if (run.verified && watched && reason.empty()) {
+    const bool compared = run.verified && watched && reason.empty();
+    if (compared) {
       const std::vector<const LazyStorage*> storages = storages_of(arguments.tensors);
-      plan = plan_of(entry->seen, {run, storages, result, differentiable, std::move(step), std::move(had_gradients)}, reason);
+      plan = plan_of(entry->seen, {run, storages, result, differentiable, std::move(step), std::move(held)}, reason);
       if (plan != nullptr && !differentiable) {
         entry->plan = plan;
         REPRISE_LOG(1, options_.name, ": replayed from now on by ", run.segment);
       }
     }
+    // Two runs in turn are compared, and both must have been watched.
+    if (!compared) entry->seen.segment.clear();
+    entry->used.clear();
+    for (const auto& [slot, tensor] : run.tensors) entry->used.push_back(tensor);
     // What was said last holds until a run that is watched has shown otherwise.
     if (!reason.empty() || watched) entry->reason = reason;
     entry->watch = reason.empty() || options_.fullgraph;

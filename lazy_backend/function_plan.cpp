@@ -42,7 +42,7 @@ bool is_current(const Plan& plan, const std::vector<at::Tensor>& arguments) {
     }
     const auto tensor = each.tensor.lock();
     if (!tensor) continue;
-    if (lazy_storage(tensor.get()) != each.storage || tensor->requires_grad() != each.requires_grad) return false;
+    if (lazy_storage(tensor.get()) != each.storage || tensor->requires_grad() != each.required_grad) return false;
     held = true;
   }
   if (!held) return false;
@@ -69,10 +69,12 @@ at::Tensor lazy_over(const StoragePtr& storage, const Geometry& geometry) {
 
 }  // namespace
 
-std::vector<std::pair<const c10::TensorImpl*, bool>> gradients_of(const SeenRun& seen) {
-  std::vector<std::pair<const c10::TensorImpl*, bool>> all;
-  for (const auto& each : seen.leaves) {
-    if (const auto leaf = each.lock()) all.emplace_back(leaf.get(), leaf->grad().defined());
+std::vector<HeldTensor> held_of(const std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>>& tensors) {
+  std::vector<HeldTensor> all;
+  for (const auto& each : tensors) {
+    if (const auto tensor = each.lock()) {
+      all.push_back({tensor.get(), tensor->requires_grad(), tensor->grad().defined()});
+    }
   }
   return all;
 }
@@ -89,8 +91,11 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
   if (plan.optimizers && !(numbers = next_numbers(*plan.optimizers))) return std::nullopt;
   Session::current().flush("a compiled function is called");
   const Program& program = *plan.program;
-  std::vector<at::Tensor> inputs;
+  std::vector<at::Tensor> inputs, number_inputs;
   inputs.reserve(plan.inputs.size());
+  if (numbers && !numbers->empty()) {
+    number_inputs = constant_inputs(*numbers, backing_device_of(program.device_index), /*non_blocking=*/true);
+  }
   c10::SmallVector<at::Tensor, 2> random;
   {
     c10::InferenceMode normal_tensors(false);
@@ -113,7 +118,9 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
         break;
       case Plan::Source::Kind::kScalar:
         if (numbers && plan.optimizers->numbers[source.index]) {
-          inputs.push_back(constant_input((*numbers)[source.index], backing_device_of(program.device_index)));
+          const auto& known = plan.optimizers->distinct;
+          const auto at = std::find(known.begin(), known.end(), *plan.optimizers->numbers[source.index]);
+          inputs.push_back(number_inputs[static_cast<size_t>(at - known.begin())]);
           break;
         }
         inputs.push_back(plan.constants[k]);
@@ -140,8 +147,12 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
   metrics().segments_replayed.add(1);
   if (plan.optimizers) count_step(*plan.optimizers);
   for (const Watched& each : plan.watched) {
-    if (!each.written) continue;
-    if (const auto tensor = each.tensor.lock(); tensor && !tensor->is_inference()) tensor->bump_version();
+    const bool turns = each.requires_grad != each.required_grad;
+    if (!each.written && !turns) continue;
+    const auto tensor = each.tensor.lock();
+    if (!tensor) continue;
+    if (each.written && !tensor->is_inference()) tensor->bump_version();
+    if (turns) tensor->set_requires_grad(each.requires_grad);
   }
   for (const uint32_t k : plan.written_arguments) {
     const at::Tensor& tensor = arguments[k];
@@ -209,31 +220,35 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
   // Two runs that did the same: what is the same storage in both is bound, what is neither
   // that nor an argument comes from elsewhere.
   const bool again = seen.segment == run.segment && seen.inputs.size() == run.inputs.size();
-  const std::vector<StoragePtr> before = std::exchange(seen.inputs, run.inputs);
+  const bool learned = std::exchange(seen.learned_of, run.segment) == run.segment &&
+                       seen.inputs.size() == run.inputs.size();
+  std::vector<c10::weak_intrusive_ptr<LazyStorage>> inputs;
+  for (const StoragePtr& input : run.inputs) inputs.emplace_back(input);
+  const auto before = std::exchange(seen.inputs, std::move(inputs));
+  const auto was_same = [&](size_t slot) { return before[slot]._unsafe_get_target() == run.inputs[slot].get(); };
+  if (!learned) seen.varied.assign(run.inputs.size(), false);
+  for (size_t slot = 0; learned && slot < run.inputs.size(); ++slot) {
+    if (!was_same(slot)) seen.varied[slot] = true;
+  }
   const ScalarValues scalars = std::exchange(seen.scalars, run.scalars);
   seen.segment = run.segment;
-  seen.leaves.clear();
-  for (const auto& [slot, tensor] : run.tensors) {
-    const auto held = tensor.lock();
-    if (!held || !held->requires_grad()) continue;
-    const at::Tensor& grad = held->grad();
-    const bool made = grad.defined() && is_lazy(grad) &&
-                      std::any_of(run.created.begin(), run.created.end(), [&](const auto& each) {
-                        return each.second.get() == lazy_storage(grad);
-                      });
-    if (made) seen.leaves.push_back(tensor);
-  }
   OptimizerStep before_step;
   if (planned.optimizers) {
     before_step = std::exchange(seen.optimizers, *planned.optimizers);
-    if (std::exchange(seen.optimizers_segment, run.segment) == run.segment) {
-      take_over_rates(seen.optimizers, before_step);
+    seen.rates_matter = learned && seen.rates_matter;
+    // Where a number has become dynamic just now, it is not known what it follows.
+    if (learned && scalars.size() == run.scalars.size()) {
+      const bool another_rate = take_over_rates(seen.optimizers, before_step);
+      for (size_t k = 0; another_rate && k < scalars.size(); ++k) {
+        if (!seen.optimizers.numbers[k] && scalars[k] != run.scalars[k]) seen.rates_matter = true;
+      }
     }
+    if (seen.rates_matter) seen.optimizers.any_rate.assign(seen.optimizers.any_rate.size(), false);
   }
   if (!again) return nullptr;
   for (size_t slot = 0; slot < run.inputs.size(); ++slot) {
     const LazyStorage* storage = run.inputs[slot].get();
-    if (storage == nullptr || argument_of(storage) || before[slot].get() == storage) continue;
+    if (storage == nullptr || argument_of(storage) || was_same(slot)) continue;
     return never("it uses a tensor that is another in each call and no argument");
   }
   if (scalars.size() != run.scalars.size()) return nullptr;  // one of them is new
@@ -273,8 +288,8 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
         if (const auto argument = argument_of(run.inputs[input.index].get())) {
           plan->inputs.push_back({Kind::kArgument, *argument});
           const LazyStorage* storage = run.inputs[input.index].get();
-          const bool own = *argument < planned.made_for_the_call;
-          if (!own && before[input.index].get() == storage) plan->same_arguments.emplace_back(*argument, storage);
+          const bool given = *argument >= planned.first_given && *argument < planned.last_given;
+          if (given && !seen.varied[input.index]) plan->same_arguments.emplace_back(*argument, storage);
         } else {
           plan->inputs.push_back({Kind::kBound, bind(input.index)});
         }
@@ -368,7 +383,11 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
   for (const auto& [slot, tensor] : run.tensors) {
     const auto held = tensor.lock();
     if (!held || bound[slot] < 0 || lazy_storage(held.get()) != run.inputs[slot].get()) continue;
-    Watched watched{tensor, run.inputs[slot].get(), slot, held->requires_grad(), written(slot)};
+    // Others are gone after the call, but for what a backward pass may keep them.
+    const auto was = std::find_if(planned.held.begin(), planned.held.end(),
+                                  [&](const HeldTensor& each) { return each.tensor == held.get(); });
+    if (was == planned.held.end()) continue;
+    Watched watched{tensor, run.inputs[slot].get(), slot, was->requires_grad, held->requires_grad(), written(slot)};
     const at::Tensor grad = held->requires_grad() ? at::Tensor(held->grad()) : at::Tensor();
     if (grad.defined() && is_lazy(grad)) {
       const auto created = std::find_if(run.created.begin(), run.created.end(), [&](const auto& each) {
@@ -377,10 +396,7 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
       if (created != run.created.end()) {
         auto output = output_of(grad);
         if (!output) return never("a gradient that it leaves is no output of its program");
-        const auto had = std::find_if(planned.had_gradients.begin(), planned.had_gradients.end(),
-                                      [&](const auto& each) { return each.first == held.get(); });
-        if (had == planned.had_gradients.end()) return nullptr;  // it is known the next time
-        plan->gradients.push_back({tensor, std::move(*output), had->second});
+        plan->gradients.push_back({tensor, std::move(*output), was->has_gradient});
         accounted.push_back(lazy_storage(grad));
       }
     }

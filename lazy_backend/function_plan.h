@@ -21,7 +21,7 @@ struct Watched {
   c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
   const LazyStorage* storage;  ///< over which it lay when it was bound
   uint32_t slot;
-  bool requires_grad;
+  bool required_grad, requires_grad;  ///< before the call, and after it
   bool written = false;
 };
 
@@ -63,15 +63,22 @@ struct Plan {
 };
 using PlanPtr = std::shared_ptr<const Plan>;
 
-/// What is known of the last verified run: two that did the same have a plan.
+/// A tensor that a run has used, as it was before the next one.
+struct HeldTensor {
+  const c10::TensorImpl* tensor;
+  bool requires_grad, has_gradient;
+};
+
+/// What is known of the last verified run: two in turn that did the same have a plan.
 struct SeenRun {
-  std::string segment;
-  std::vector<c10::intrusive_ptr<LazyStorage>> inputs;
+  std::string segment;  ///< empty: the run before the next one is none of two
+  /// Of which trace the rest was learned; kept where calls between were replayed.
+  std::string learned_of;
+  std::vector<c10::weak_intrusive_ptr<LazyStorage>> inputs;
+  std::vector<bool> varied;  ///< inputs that were another storage in some run
   ScalarValues scalars;
   OptimizerStep optimizers;
-  std::string optimizers_segment;  ///< of which `optimizers` was learned
-  /// Leaves in which it has left gradients.
-  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> leaves;
+  bool rates_matter = false;  ///< numbers that are no optimizer's change with learning rates
 };
 
 /// What a plan is made of.
@@ -83,14 +90,15 @@ struct PlannedRun {
   /// What it has made and somebody holds is kept for the backward pass: further results.
   bool differentiable = false;
   std::optional<OptimizerStep> optimizers = {};  ///< what the run did to those of the function
-  /// Of `SeenRun::leaves`, before the run: those that had a gradient, and those that had none.
-  std::vector<std::pair<const c10::TensorImpl*, bool>> had_gradients = {};
-  /// So many arguments are made for the call, and are nothing that the function holds.
-  uint32_t made_for_the_call = 0;
+  /// Before the run: what the run before had used and somebody held on to.
+  std::vector<HeldTensor> held = {};
+  /// The arguments, from which to which, that may be what the function holds: others are
+  /// made for the call.
+  uint32_t first_given = 0, last_given = UINT32_MAX;
 };
 
-/// Which leaves of an earlier run have a gradient.
-std::vector<std::pair<const c10::TensorImpl*, bool>> gradients_of(const SeenRun& seen);
+/// Those of a run's tensors that are there still.
+std::vector<HeldTensor> held_of(const std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>>& tensors);
 
 /// Of each tensor; null where it is not lazy.
 std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors);

@@ -38,6 +38,9 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
       {"aten::_resize_output_", {.kind = Kind::kResize}},
       {"aten::set_", {.kind = Kind::kSetStorage}},
       {"aten::is_pinned", {.kind = Kind::kLeave}},
+      // Checks that programs keep, or that say nothing of values.
+      {"aten::_assert_async", {.kind = Kind::kTrace}},
+      {"aten::_assert_tensor_metadata", {.kind = Kind::kTrace}},
       {"aten::_pin_memory", {.kind = Kind::kLeave}},
       {"aten::_copy_from", {.kind = Kind::kLeave}},
       {"aten::_copy_from_and_resize", {.kind = Kind::kLeave}},

@@ -158,8 +158,10 @@ OptimizerStep step_of(const FunctionTrace& run, const OptimizerState& before, Op
       }
       if (is.parameters[k]->device().is_lazy()) group_of[lazy_storage(is.parameters[k])] = g;
     }
+    const bool counts = rule->steps != nullptr;
     const auto taken = common(is.steps, stepped);
-    values.push_back(taken ? rule->values(*is.options, *taken) : Values());
+    const bool known = taken && !(counts && stepped.empty());
+    values.push_back(known ? rule->values(*is.options, *taken) : Values());
   }
   if (!same_groups) {
     problem = "it changes an optimizer's parameters";
@@ -190,16 +192,25 @@ OptimizerStep step_of(const FunctionTrace& run, const OptimizerState& before, Op
     }
   }
   step.numbers.resize(run.scalars.size());
+  for (const auto& number : step.numbers) {
+    if (number && std::find(step.distinct.begin(), step.distinct.end(), *number) == step.distinct.end()) {
+      step.distinct.push_back(*number);
+    }
+  }
   step.after = std::move(after);
   return step;
 }
 
-void take_over_rates(OptimizerStep& step, const OptimizerStep& earlier) {
-  if (step.any_rate.size() != earlier.any_rate.size()) return;
+bool take_over_rates(OptimizerStep& step, const OptimizerStep& earlier) {
+  if (step.any_rate.size() != earlier.any_rate.size()) return false;
+  bool another = false;
   for (size_t g = 0; g < step.any_rate.size(); ++g) {
-    step.any_rate[g] = earlier.any_rate[g] || step.after.groups[g].options->get_lr() !=
-                                                  earlier.after.groups[g].options->get_lr();
+    const bool differs =
+        step.after.groups[g].options->get_lr() != earlier.after.groups[g].options->get_lr();
+    step.any_rate[g] = earlier.any_rate[g] || differs;
+    another = another || differs;
   }
+  return another;
 }
 
 std::optional<std::vector<double>> next_numbers(const OptimizerStep& step) {
@@ -240,10 +251,8 @@ std::optional<std::vector<double>> next_numbers(const OptimizerStep& step) {
     }
     values.push_back(rule.values(options, std::max<int64_t>(taken, 0) + 1));
   }
-  std::vector<double> numbers(step.numbers.size());
-  for (size_t k = 0; k < numbers.size(); ++k) {
-    if (step.numbers[k]) numbers[k] = values[step.numbers[k]->group].of(step.numbers[k]->kind);
-  }
+  std::vector<double> numbers;
+  for (const OptimizerNumber& number : step.distinct) numbers.push_back(values[number.group].of(number.kind));
   return numbers;
 }
 

@@ -64,17 +64,19 @@ struct OptimizerStep {
   /// By group: any learning rate will do; the trace was verified with several.
   std::vector<bool> any_rate;
   OptimizerNumbers numbers;
+  std::vector<OptimizerNumber> distinct;  ///< each of them once
 };
 
 /// Of a traced run. `problem` says where it is more than one step of each optimizer.
 OptimizerStep step_of(const FunctionTrace& run, const OptimizerState& before, OptimizerState after,
                       std::string& problem);
 
-/// Notes in `step` what an earlier verified run of the same trace has shown.
-void take_over_rates(OptimizerStep& step, const OptimizerStep& earlier);
+/// Notes in `step` what an earlier verified run of the same trace has shown. Returns whether
+/// some group had another learning rate in it.
+bool take_over_rates(OptimizerStep& step, const OptimizerStep& earlier);
 
-/// The numbers of the optimizers' next step, by dynamic scalar (others: 0); nothing where the
-/// optimizers are not any more what `step` was learned from.
+/// Of the optimizers' next step, the numbers in `step.distinct`; nothing where the optimizers
+/// are not any more what `step` was learned from.
 std::optional<std::vector<double>> next_numbers(const OptimizerStep& step);
 
 /// Counts a step that was taken without the optimizers.

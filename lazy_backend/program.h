@@ -112,7 +112,7 @@ struct Program {
   std::string symbols;
   /// By which other sizes find their places in it; null where no others were asked for.
   std::shared_ptr<const TraceOutline> outline;
-  const ProgramFamily* family = nullptr;
+  std::shared_ptr<const ProgramFamily> family;
   std::shared_ptr<SharedProgram> shared;  ///< null where it is for one size alone
   /// What was compiled anew for: `input 1 dim 0: 48 was 64`.
   std::string reason;

@@ -2,7 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
@@ -153,9 +153,21 @@ std::vector<at::Tensor> gather(const Program& program, const InputTensors& slots
 }  // namespace
 
 at::Tensor constant_input(double number, c10::Device device) {
+  return constant_inputs({number}, device)[0];
+}
+
+std::vector<at::Tensor> constant_inputs(const ScalarValues& numbers, c10::Device device, bool non_blocking) {
   c10::InferenceMode normal_tensors(false);
   const BelowUserModes below;
-  return at::scalar_tensor(number, at::TensorOptions().dtype(kNumbers)).to(device);
+  const auto size = static_cast<int64_t>(numbers.size()) * kApart;
+  const at::Tensor host = at::zeros({size}, at::TensorOptions().dtype(kNumbers));
+  auto* values = static_cast<double*>(host.mutable_data_ptr());
+  for (size_t k = 0; k < numbers.size(); ++k) values[k * kApart] = numbers[k];
+  const at::Tensor all = host.to(device, kNumbers, non_blocking);
+  std::vector<at::Tensor> each;
+  each.reserve(numbers.size());
+  for (int64_t k = 0; k < size; k += kApart) each.push_back(all.select(0, k));
+  return each;
 }
 
 at::Tensor as_recorded(const Program& program, size_t k, const at::Tensor& tensor) {

@@ -26,6 +26,10 @@ std::vector<at::Tensor> try_program(Program& program, Segment& segment,
 /// A number that does not change, as a program takes a dynamic scalar. It is there at once,
 /// whichever stream the program will run on.
 at::Tensor constant_input(double number, c10::Device device);
+/// As above of several, which are brought there with one copy.
+/// `non_blocking`: for what is run on the current stream.
+std::vector<at::Tensor> constant_inputs(const ScalarValues& numbers, c10::Device device,
+                                        bool non_blocking = false);
 
 /// An output as eager's would lie in memory.
 at::Tensor as_recorded(const Program& program, size_t output, const at::Tensor& tensor);

@@ -5,7 +5,6 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <c10/util/ScopeExit.h>
 #include <dlfcn.h>
 #include <execinfo.h>
 #include <link.h>
@@ -64,9 +63,6 @@ bool any_lazy(c10::ArrayRef<c10::IValue> values) {
   visit_tensors(values, [&](const at::Tensor& tensor) { found = found || is_lazy(tensor); });
   return found;
 }
-
-/// A call's symbolic integers are being read by this thread's session, under its lock.
-thread_local bool takes_numbers = false;
 
 /// Whether a symbolic integer is compared by the user's code: libtorch's own asks a hundred
 /// things of sizes that say nothing of the program.
@@ -493,8 +489,6 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
   const std::lock_guard<SessionLock> guard(lock_);
   if (C10_UNLIKELY(any_symbolic())) {
-    takes_numbers = true;
-    const auto done = c10::make_scope_exit([] { takes_numbers = false; });
     symbolic_.take_numbers({stack->data() + (stack->size() - arguments.size()), arguments.size()});
   }
   const OpPolicy& how = policy(op);
@@ -895,16 +889,12 @@ void Session::describe(Step& step, const StepRecorder& recorder, const OpPolicy&
 }
 
 void Session::note_guard(const Expression& condition) {
-  if (takes_numbers) return;  // under the lock, and libtorch's own
+  // Not while this thread's session has the lock, where libtorch asks; nor is it worth a wait.
+  const std::unique_lock<SessionLock> guard(lock_, std::try_to_lock);
+  if (!guard.owns_lock()) return;
   // What is verified or inferred was asked the same before.
-  const auto known = [&] { return (cursor_ != nullptr && cursor_ != root_) || pattern_ != nullptr; };
-  {
-    const std::lock_guard<SessionLock> guard(lock_);
-    if (known()) return;
-  }
-  if (!asked_by_the_program()) return;
-  const std::lock_guard<SessionLock> guard(lock_);
-  if (!known()) symbolic_.note_guard(condition, log_.size());
+  if ((cursor_ != nullptr && cursor_ != root_) || pattern_ != nullptr) return;
+  if (asked_by_the_program()) symbolic_.note_guard(condition, log_.size());
 }
 
 void Session::stop_recording(uint64_t ops, const char* reason) {

@@ -13,6 +13,7 @@ class SessionLock {
   void lock() {
     while (taken_.exchange(true, std::memory_order_acquire)) wait();
   }
+  bool try_lock() { return !taken_.exchange(true, std::memory_order_acquire); }
   void unlock() { taken_.store(false, std::memory_order_release); }
 
  private:

@@ -844,6 +844,130 @@ TEST_F(Functions, AfterAReasonThatPassesTensorsAreWatched) {
   }, 28);
 }
 
+TEST_F(Functions, WhatChangesEverySecondCallIsSeen) {
+  expect_as_eager([](torch::Device device) {
+    const auto a = given(device, {4}, 1), b = given(device, {4}, 2);
+    const auto number = std::make_shared<int>(0);
+    const auto f = compiled_on(device, [=](const torch::Tensor& x) {
+      const bool odd = *number % 2 == 1;
+      return waves(x + (odd ? a : b)) * (odd ? 0.5 : 2.0);
+    });
+    return [=](int call) -> Tensors {
+      *number = call;
+      return {f(given(device, {4}, call))};
+    };
+  }, 40);
+}
+
+TEST_F(Functions, BackwardPassesMayBeRunTwiceInEachCall) {
+  expect_as_eager([](torch::Device device) {
+    const auto w = given(device, {4}, 1).requires_grad_();
+    const auto f = compiled_on(device, [=](const torch::Tensor& x) { return waves(x + w).sum(); });
+    return [=](int call) mutable -> Tensors {
+      w.mutable_grad() = torch::Tensor();
+      const auto y = f(given(device, {3, 4}, call));
+      y.backward({}, /*retain_graph=*/true);
+      y.backward();
+      return {y.detach(), w.grad()};
+    };
+  }, 30);
+}
+
+TEST_F(Functions, EachBatchMayBeUsedTwice) {
+  const auto f = compile([](const torch::Tensor& x) { return waves(x); });
+  const Statistics before = statistics();
+  torch::Tensor batch;
+  for (int call = 0; call < 30; ++call) {
+    if (call % 2 == 0) batch = given(torch::kLazy, {4}, call);
+    expect_close(f(batch), waves(batch.cpu()), 100);
+    mark_step();
+    wait_for_compiles();
+  }
+  EXPECT_GE(since(before).segments_replayed, 20u) << explain();
+  EXPECT_NE(explain().find("1 keys, run "), std::string::npos);
+}
+
+TEST_F(Functions, StepsThatFreezeEachOthersWeightsAreReplayed) {
+  const Count count;
+  expect_as_eager([=](torch::Device device) {
+    const auto g = given(device, {4}, 1).requires_grad_(), d = given(device, {4}, 2).requires_grad_();
+    const auto step = [=](bool generates) {
+      return compiled_on(device, [=](const torch::Tensor& x) mutable {
+        if (device.is_lazy()) count();
+        d.set_requires_grad(!generates);
+        auto& trained = generates ? g : d;
+        trained.mutable_grad() = torch::Tensor();
+        const auto loss = waves(generates ? x * g * d : x * d).sum();
+        loss.backward();
+        torch::NoGradGuard no_grad;
+        trained.sub_(trained.grad(), 0.01);
+        return loss.detach();
+      });
+    };
+    return [=, generate = step(true), judge = step(false)](int call) mutable -> Tensors {
+      const auto x = given(device, {3, 4}, call);
+      const auto judged = judge(x);
+      const bool trains_d = d.requires_grad();
+      const auto generated = generate(x);
+      return {judged, generated, g.detach(), d.detach(),
+              torch::full({1}, (trains_d ? 2.0 : 0.0) + (d.requires_grad() ? 1.0 : 0.0))};
+    };
+  }, 24);
+  EXPECT_LE(*count.runs, 16) << explain();
+}
+
+TEST_F(Functions, NumbersThatFollowALearningRateAreNotForgotten) {
+  const auto trained = [](torch::Device device) {
+    const auto w = given(device, {4}, 1).requires_grad_();
+    const auto sgd = std::make_shared<optim::SGD>(std::vector{w}, optim::SGDOptions(0.1));
+    auto step = [=](const torch::Tensor& x) mutable {
+      sgd->zero_grad();
+      const auto loss = waves(x * w).sum();
+      loss.backward();
+      {
+        torch::NoGradGuard no_grad;
+        w.mul_(1 - sgd->param_groups()[0].options().get_lr() * 0.1);
+      }
+      sgd->step();
+      return loss.detach();
+    };
+    std::function<torch::Tensor(const torch::Tensor&)> run = step;
+    if (device.is_lazy()) run = compile(step, {.optimizers = {sgd.get()}});
+    return [=](int call) -> Tensors {
+      if (call % 8 == 0) sgd->param_groups()[0].options().set_lr(0.1 / (1 + call));
+      const auto loss = run(given(device, {3, 4}, call));
+      return {loss, w.detach().clone()};
+    };
+  };
+  expect_as_eager(trained, 64);
+}
+
+TEST_F(Functions, AGroupThatTakesNoStepsHasNoNumbers) {
+  const auto trained = [](torch::Device device) {
+    const auto w = given(device, {4}, 1).requires_grad_(), idle = given(device, {4}, 2).requires_grad_();
+    std::vector<optim::OptimizerParamGroup> groups;
+    groups.emplace_back(std::vector{idle}, std::make_unique<optim::AdamOptions>(0.01));
+    groups.emplace_back(std::vector{w}, std::make_unique<optim::AdamOptions>(0.01));
+    const auto adam = std::make_shared<optim::Adam>(groups, optim::AdamOptions());
+    const auto noise = std::make_shared<double>(0.5);
+    auto step = [=](const torch::Tensor& x) mutable {
+      adam->zero_grad();
+      const auto loss = waves((x + x.cos() * *noise) * w).sum();
+      loss.backward();
+      adam->step();
+      return loss.detach();
+    };
+    std::function<torch::Tensor(const torch::Tensor&)> run = step;
+    if (device.is_lazy()) run = compile(step, {.optimizers = {adam.get()}});
+    return [=](int call) -> Tensors {
+      *noise = call < 5 ? 0.5 / (1 + call) : 0;
+      const auto loss = run(given(device, {3, 4}, call));
+      return {loss, w.detach().clone()};
+    };
+  };
+  expect_as_eager(trained, 24);
+}
+
 TEST_F(Functions, GradientsOfGradientsAreRightAndSaid) {
   const auto function = [](const torch::Tensor& x) {
     auto y = x;

@@ -178,6 +178,55 @@ TEST(WithoutACompiler, ACompileThatTakesForEverIsGivenUp) {
   EXPECT_LT(ended.seconds, 60.0);
 }
 
+/// The folder of a library that was built without the compiler.
+std::string without_compiler() {
+  const std::string library = std::getenv("REPRISE_TEST_LIBRARY");
+  return std::filesystem::path(library).parent_path() / "without_compiler";
+}
+
+/// A number that a report of REPRISE_REPORT holds; -1 where it has none.
+int64_t reported(const std::string& file, const std::string& name) {
+  std::ifstream in(file);
+  const std::string text{std::istreambuf_iterator<char>(in), {}};
+  const auto at = text.find("\"" + name + "\": ");
+  return at == std::string::npos ? -1 : std::stoll(text.substr(at + name.size() + 4));
+}
+
+TEST(WithoutACompiler, ALibraryBuiltSoRunsFromAFilledStore) {
+  const std::string filled = make_folder("filled"), empty = make_folder("not-filled");
+  const std::string report = make_folder("reports") + "/report.json";
+  expect_right(train({{"REPRISE_CACHE_DIR", filled}, {"WAIT_FOR_COMPILES", "1"}}));
+  for (const auto& store : {filled, empty}) {
+    SCOPED_TRACE(store);
+    const Ended ended = train({{"LD_LIBRARY_PATH", without_compiler()},
+                               {"REPRISE_PYTHON", "/nowhere/python"},
+                               {"REPRISE_REPORT", report},
+                               {"REPRISE_LOG", "1"},
+                               {"REPRISE_CACHE_DIR", store},
+                               {"WAIT_FOR_COMPILES", "1"}});
+    expect_right(ended);
+    EXPECT_EQ(reported(report, "programs_compiled"), 0);
+    if (store == filled) {
+      EXPECT_GT(reported(report, "programs_loaded"), 0);
+      EXPECT_GT(reported(report, "segments_replayed"), 0);
+    } else {
+      EXPECT_EQ(reported(report, "programs_loaded"), 0);
+      EXPECT_GE(ended.count("was built without a compiler"), 1u) << ended.output;
+    }
+  }
+}
+
+TEST(WithoutACompiler, ALibraryBuiltSoNamesNoPython) {
+  const std::string library = without_compiler() + "/libreprise.so.0";
+  const Ended linked = run_child({"ldd", library});
+  EXPECT_EQ(linked.status, 0) << linked.output;
+  EXPECT_EQ(linked.count("libpython"), 0u) << linked.output;
+  std::ifstream in(library, std::ios::binary);
+  const std::string bytes{std::istreambuf_iterator<char>(in), {}};
+  ASSERT_GT(bytes.size(), 1'000'000u);
+  EXPECT_EQ(bytes.find("libreprise_compiler"), std::string::npos);
+}
+
 TEST(WithoutACompiler, CompilingSwitchedOffSaysNothing) {
   const Ended ended = train({{"REPRISE_COMPILE", "0"}, {"REPRISE_PYTHON", "/nowhere/python"}});
   expect_right(ended);

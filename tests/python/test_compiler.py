@@ -180,7 +180,7 @@ class InPlaceOps(CompilerTest):
             torch.neg(x, out=x.expand(2, 4)[0])
 
         def strided(x):
-            x.as_strided([2, 2], [1, 1]).fill_(0.25)
+            x.as_strided([2, 2], [1, 1]).mul_(0.25)
 
         for f in (fill, add, window, out, strided):
             with self.assertRaisesRegex(TraceError, "may show an element twice"):
@@ -301,6 +301,19 @@ class Arguments(CompilerTest):
 
         self.check(f, [torch.randn(4, 8)])
 
+
+    def test_factors_of_integer_products_are_integers(self):
+        def f(x, v):
+            return (
+                torch.addmm(x, x, x, beta=-1.5, alpha=0.5),
+                torch.addmv(v, x, v, beta=2.5, alpha=1.5),
+                torch.baddbmm(x[None], x[None], x[None], beta=1.5, alpha=-2.5),
+                aten.addmm_(x[:1, :1].clone(), x[:1], x[:, :1], beta=-1.5, alpha=1.5),
+            )
+
+        for dtype in (torch.int64, torch.int32, torch.float32):
+            x = torch.arange(9).reshape(3, 3).to(dtype)
+            self.check(f, [x, x[0].clone()])
 
     def test_a_filled_tensor_is_rounded_to_its_dtype(self):
         def f(x):

@@ -181,6 +181,26 @@ _SUB_AS_ADD = {
     _aten.sub_.Tensor: _aten.add_.Tensor,
 }
 
+
+def _with_factors_of_its_dtype(op: Any) -> Any:
+    """Eager casts `alpha` and `beta` to the dtype of the sum; decompositions multiply integers
+    by the floats that they are (torch 2.11.0).
+    """
+
+    def call(sum: torch.Tensor, *factors: Any, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
+        if not (sum.is_floating_point() or sum.is_complex()):
+            beta, alpha = int(beta), int(alpha)
+        return op(sum, *factors, beta=beta, alpha=alpha)
+
+    return call
+
+
+_SUMS_OF_PRODUCTS = {
+    op: _with_factors_of_its_dtype(op)
+    for name in ("addmm", "addmv", "addbmm", "baddbmm")
+    for op in (getattr(_aten, name).default, getattr(_aten, name + "_").default)
+}
+
 # Views that may show an element in several places.
 _OVERLAPPING_VIEWS = {_aten.expand.default, _aten.unfold.default}
 
@@ -208,8 +228,9 @@ class _GraphBuilder:
         self.scalars: dict[int, Node] = {}
         # Of each view: the input or result whose storage it shows.
         self.bases: dict[Node, Node] = {}
-        # Overlapping views and views of them.
+        # Overlapping views and views of them: of `_OVERLAPPING_VIEWS`, and others.
         self.overlapping: set[Node] = set()
+        self.strided_overlaps: set[Node] = set()
         self.inputs: dict[Node, dict[str, Any]] = {}
         self.moving: set[Node] = set()  # inputs whose offset is no constant
         self.symbols: dict[int, Node] = {}
@@ -251,7 +272,7 @@ class _GraphBuilder:
             known = with_symbols(spec, self.trace.get("symbols", []))
             self.inputs[self.values[k]] = known
             if _may_overlap(known["sizes"], known["strides"]):
-                self.overlapping.add(self.values[k])
+                self.strided_overlaps.add(self.values[k])
             if not isinstance(spec["offset"], int):
                 self.moving.add(self.values[k])
         hints, numbers = self.trace.get("symbols", []), self.trace.get("numbers", 0)
@@ -297,15 +318,17 @@ class _GraphBuilder:
             op = self.with_numbers_on_the_device(op, positional, keywords)
         op = self.without_symbolic_branches(op, keywords)
         op = self.with_tensor_bounds(op, positional)
+        if not all(type(keywords.get(name, 1)) is int for name in ("alpha", "beta")):
+            op = _SUMS_OF_PRODUCTS.get(op, op)
         self.rebase_as_strided(schema, positional)
         node = self.graph.call_function(op, tuple(positional), keywords)
         if any(r.alias_info for r in schema.returns) and op not in _VIEWS_AS_ANOTHER_DTYPE:
             if positional and isinstance(positional[0], Node):
                 self.add_view(node, positional[0])
-                if op in _OVERLAPPING_VIEWS or (
-                    op is _aten.as_strided.default and _may_overlap(*positional[1:3])
-                ):
+                if op in _OVERLAPPING_VIEWS:
                     self.overlapping.add(node)
+                if op is _aten.as_strided.default and _may_overlap(*positional[1:3]):
+                    self.strided_overlaps.add(node)
         results = step["results"]
         if len(results) != len(schema.returns):
             raise TraceError(
@@ -398,8 +421,10 @@ class _GraphBuilder:
         """Functionalization computes every element of a list from what was there before:
         where two lie in one storage, the second's write undoes the first's. What a view
         shows in several places, it would write as their sum (torch 2.11.0,
-        FunctionalInverses.cpp, `expand_inverse` and `unfold_inverse`).
+        FunctionalInverses.cpp, `expand_inverse` and `unfold_inverse`). Of other such views,
+        loops write in no order that is promised: one number in all places will do.
         """
+        fills = schema.name in ("aten::fill_", "aten::zero_")
         by_name = {p.name: value for p, value in zip(schema.arguments, positional)} | keywords
         for parameter in schema.arguments:
             value = by_name.get(parameter.name)
@@ -408,7 +433,8 @@ class _GraphBuilder:
             written = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Node)]
             if len({self.base(v) for v in written}) < len(written):
                 raise TraceError("elements of a list that is written share a storage")
-            if not self.overlapping.isdisjoint(written):
+            unsafe = self.overlapping if fills else self.overlapping | self.strided_overlaps
+            if not unsafe.isdisjoint(written):
                 raise TraceError("a write through a view that may show an element twice")
 
     def rebase_as_strided(self, schema: Any, positional: list[Any]) -> None:
@@ -447,8 +473,9 @@ class _GraphBuilder:
 
     def add_view(self, view: Node, source: Node) -> None:
         self.bases[view] = self.base(source)
-        if source in self.overlapping:
-            self.overlapping.add(view)
+        for views in (self.overlapping, self.strided_overlaps):
+            if source in views:
+                views.add(view)
 
     def bind(self, result: dict[str, Any], node: Node) -> None:
         if "list" in result:
