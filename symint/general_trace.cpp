@@ -51,6 +51,11 @@ class Fitter {
     if (std::all_of(values_.begin(), values_.end(), [&](int64_t v) { return v == values_[0]; })) {
       return Expression::constant(values_[0]);
     }
+    // Sizes do not reach so far, nor what follows from them: `INT64_MAX` is "to the end".
+    constexpr int64_t kFarthest = int64_t{1} << 40;
+    if (std::any_of(values_.begin(), values_.end(), [](int64_t v) { return v < -kFarthest || v > kFarthest; })) {
+      return std::nullopt;
+    }
     make_terms();
     using Try = std::optional<Expression> (Fitter::*)();
     constexpr std::array<std::pair<size_t, Try>, 8> kTries = {{{0, &Fitter::itself},
@@ -136,7 +141,8 @@ class Fitter {
     std::optional<Expression> nearest;
     int64_t least = INT64_MAX;
     for (const Term& t : terms_) {
-      const int64_t shift = values_[0] - t.values[0];
+      int64_t shift = 0;
+      if (__builtin_sub_overflow(values_[0], t.values[0], &shift) || shift == INT64_MIN) continue;
       if (std::abs(shift) >= least) continue;
       if (auto found = if_right(t.expression + shift)) {
         nearest = std::move(found);
@@ -180,11 +186,18 @@ class Fitter {
   std::optional<Expression> affine() {
     return first(terms_, [&](const Term& t) -> std::optional<Expression> {
       for (size_t m = 1; m < values_.size(); ++m) {
-        const int64_t run = t.values[m] - t.values[0], rise = values_[m] - values_[0];
+        const int64_t rise = values_[m] - values_[0];
+        int64_t run = 0;
+        if (__builtin_sub_overflow(t.values[m], t.values[0], &run)) return std::nullopt;
         if (run == 0) continue;
         if (rise % run != 0) return std::nullopt;
         const int64_t slope = rise / run;
-        return if_right(slope * t.expression + (values_[0] - slope * t.values[0]));
+        int64_t product = 0, rest = 0;
+        if (__builtin_mul_overflow(slope, t.values[0], &product) ||
+            __builtin_sub_overflow(values_[0], product, &rest)) {
+          return std::nullopt;
+        }
+        return if_right(slope * t.expression + rest);
       }
       return std::nullopt;
     });
@@ -347,7 +360,8 @@ std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
       const auto [known, missing] = fits.try_emplace(values);
       if (missing) known->second = fit(symbols, values, kAnyConstants, sizes);
       if (!known->second) {
-        if (std::any_of(values.begin(), values.end(), [](int64_t v) { return v < 0; })) {
+        const auto is_no_size = [](int64_t v) { return v < 0 || v > INT64_MAX - kNumberOffset; };
+        if (std::any_of(values.begin(), values.end(), is_no_size)) {
           return give_up("no expression gives " + place(like.sites[site], site) + ": " +
                          list(values));
         }
@@ -401,7 +415,9 @@ std::optional<GeneralTrace> GeneralTrace::make(const SplitTrace& like,
 
 int64_t GeneralTrace::symbol(std::span<const int64_t> integers, size_t k) const {
   const bool number = k + numbers_ >= symbols_.size();
-  return integers[symbols_[k]] + (number ? kNumberOffset : 0);
+  const int64_t value = integers[symbols_[k]];
+  // One without its number is refused by the expressions.
+  return number && value <= INT64_MAX - kNumberOffset ? value + kNumberOffset : value;
 }
 
 std::optional<Values> GeneralTrace::symbols_of(std::span<const int64_t> integers) const {

@@ -92,6 +92,13 @@ TEST(Fitting, TakesNoMoreConstantsThanItMay) {
 
 /// What is fitted to few samples may be wrong elsewhere. Whatever it is, it gives the
 /// samples' values, and `evaluate` tells where it differs from the truth.
+TEST(Fitting, MakesNothingOfTheEndOfATensor) {
+  const std::vector<Values> sizes{{6}, {9}, {11}}, ends{{INT64_MAX}, {4}, {7}};
+  EXPECT_FALSE(fit(sizes, std::vector<int64_t>{INT64_MAX, 4, 7}, 8));
+  EXPECT_FALSE(fit(ends, std::vector<int64_t>{6, -9, 11}, 8));
+  EXPECT_TRUE(fit(sizes, std::vector<int64_t>{INT64_MAX, INT64_MAX, INT64_MAX}, 8));
+}
+
 TEST(Fitting, EndsWhereSymbolsAreMany) {
   // Of 64 sizes, products of three would be 48,000.
   std::vector<std::vector<int64_t>> members(3);

@@ -10,12 +10,14 @@
 /// The first calls run the function, and are recorded and verified as always. Once what they
 /// do has a compiled program, a call runs that program and nothing of the function. What is
 /// replayed belongs to a *key*: sizes, strides and dtypes of the tensors among the arguments
-/// (and which of them share memory), all other arguments, grad mode, training mode and the
-/// settings that change what ops mean. Another key is traced anew.
+/// (and which of them share memory), all other arguments, 0-dim tensors of the CPU by their
+/// value, grad mode, autocast, training mode and the settings that change what ops mean.
+/// Another key is traced anew.
 ///
 /// Tensors that the function uses beside its arguments are bound by their storage: what is
 /// written into them is seen. Where a tensor that was bound gets another storage
-/// (`set_data`, `Module::to`), the function is traced anew. A C++ variable that is assigned
+/// (`set_data`, `Module::to`), is frozen or unfrozen, or has a gradient where it had none, the
+/// function is traced anew. A C++ variable that is assigned
 /// another tensor is not noticed: hand it in as an argument.
 ///
 /// Results take part in autograd as eager's do. A backward pass through a compiled function is
@@ -26,7 +28,8 @@
 ///
 /// A function that a program cannot stand for goes on being run and verified, and
 /// `explain()` says why: it reads a value in the middle, a number in it changes from call to
-/// call without being an argument, it keeps a tensor that it has made (gradients apart).
+/// call without being an argument, it keeps a tensor that it has made (gradients apart), an
+/// argument is a tensor of another device, a tensor that gets a gradient has hooks.
 ///
 /// ```cpp
 /// auto train = reprise::compile(step, {.optimizers = {&adam}});  // forward, backward, adam.step()
