@@ -315,6 +315,15 @@ class Arguments(CompilerTest):
             x = torch.arange(9).reshape(3, 3).to(dtype)
             self.check(f, [x, x[0].clone()])
 
+    def test_integers_are_filled_with_integers(self):
+        def f(x, flags):
+            y = x.clone().fill_(-0.75)
+            flags.fill_(0.5)
+            x.t().fill_(2.75)
+            return y, aten.fill(x, 1.5), flags & (x > 0)
+
+        self.check(f, [torch.arange(4).reshape(2, 2), torch.zeros(2, 2, dtype=torch.bool)], tolerance=0)
+
     def test_a_filled_tensor_is_rounded_to_its_dtype(self):
         def f(x):
             half = torch.zeros(4, dtype=torch.bfloat16).fill_(0.1)

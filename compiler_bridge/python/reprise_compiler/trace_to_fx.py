@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import math
 import operator
 import re
 from collections.abc import Sequence
@@ -201,6 +202,22 @@ _SUMS_OF_PRODUCTS = {
     for op in (getattr(_aten, name).default, getattr(_aten, name + "_").default)
 }
 
+
+def _with_a_number_of_its_dtype(op: Any) -> Any:
+    """Eager cuts a float that integers are filled with; decompositions make floats of the
+    tensor (torch 2.11.0).
+    """
+
+    def call(filled: torch.Tensor, number: Any) -> torch.Tensor:
+        if not (filled.is_floating_point() or filled.is_complex()):
+            number = bool(number) if filled.dtype is torch.bool else int(number)
+        return op(filled, number)
+
+    return call
+
+
+_FILLS = {op: _with_a_number_of_its_dtype(op) for op in (_aten.fill.Scalar, _aten.fill_.Scalar)}
+
 # Views that may show an element in several places.
 _OVERLAPPING_VIEWS = {_aten.expand.default, _aten.unfold.default}
 
@@ -320,6 +337,8 @@ class _GraphBuilder:
         op = self.with_tensor_bounds(op, positional)
         if not all(type(keywords.get(name, 1)) is int for name in ("alpha", "beta")):
             op = _SUMS_OF_PRODUCTS.get(op, op)
+        if op in _FILLS and type(positional[1]) is float and math.isfinite(positional[1]):
+            op = _FILLS[op]
         self.rebase_as_strided(schema, positional)
         node = self.graph.call_function(op, tuple(positional), keywords)
         if any(r.alias_info for r in schema.returns) and op not in _VIEWS_AS_ANOTHER_DTYPE:
