@@ -77,7 +77,6 @@ class ProgramFamilies {
   std::shared_ptr<ProgramFamily> of(const SplitTrace& trace);
   /// As above, null where there is none.
   std::shared_ptr<const ProgramFamily> find(const SplitTrace& trace);
-  size_t size() const { return families_.size(); }
 
  private:
   struct Known {

@@ -63,6 +63,13 @@ bool is_current(const Plan& plan, const std::vector<at::Tensor>& arguments) {
   });
 }
 
+/// A new lazy storage over what a call has made.
+StoragePtr storage_over(const c10::Storage& made, c10::DeviceIndex device_index) {
+  auto storage = c10::make_intrusive<LazyStorage>(made.nbytes(), device_index);
+  storage->set_backing(made);
+  return storage;
+}
+
 at::Tensor lazy_over(const StoragePtr& storage, const Geometry& geometry) {
   return wrap(storage, backing_tensor(storage->backing(), geometry));
 }
@@ -167,9 +174,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
       case Plan::Output::Kind::kMade: {
         StoragePtr& storage = storages[output.index];
         if (!storage) {
-          storage = c10::make_intrusive<LazyStorage>(made[output.index].storage().nbytes(),
-                                                     program.device_index);
-          storage->set_backing(made[output.index].storage());
+          storage = storage_over(made[output.index].storage(), program.device_index);
           if (output.geometry.matches(*made[output.index].unsafeGetTensorImpl())) {
             storage->set_made(made[output.index]);
             return wrap(storage, made[output.index]);
@@ -184,11 +189,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
         return lazy_over(plan.bound[output.index], output.geometry);
       case Plan::Output::Kind::kRandom: {
         StoragePtr& storage = drawn[output.index];
-        if (!storage) {
-          const c10::Storage& numbers_storage = random[output.index].storage();
-          storage = c10::make_intrusive<LazyStorage>(numbers_storage.nbytes(), program.device_index);
-          storage->set_backing(numbers_storage);
-        }
+        if (!storage) storage = storage_over(random[output.index].storage(), program.device_index);
         return lazy_over(storage, output.geometry);
       }
     }
