@@ -149,6 +149,22 @@ std::optional<std::string> difference_when_compiled(const Program& program, uint
   return c10::str(eager.names[*k], " differs, compiled:\n", show(l[*k]), "\neager:\n", show(e[*k]));
 }
 
+/// Whether a rounding may change one of its integers, the sign of a zero seen as an integer
+/// say. Reprise does not take such a program on, and need not.
+bool rounding_shows_in_integers(const Program& program, uint32_t times) {
+  for (uint32_t time = 0; time < times; ++time) {
+    const auto eager = on_host(run_all({program}, backing_device(), time)[0].values);
+    for (const auto& run : disturbed_runs(program, time, 64, 8)) {
+      if (run.size() != eager.size()) return true;
+      for (size_t k = 0; k < eager.size(); ++k) {
+        const bool exact = !eager[k].is_floating_point() && !eager[k].is_complex();
+        if (exact && !run[k].equal(eager[k])) return true;
+      }
+    }
+  }
+  return false;
+}
+
 void begin(bool compile) {
   mark_step();
   wait_for_compiles();
@@ -237,7 +253,8 @@ Compiled compare_compiled(const std::vector<Program>& programs) {
   }
   if (!replayed) {
     if (programs.size() == 1) {
-      if (statistics().program_failures > refused) {
+      if (statistics().program_failures > refused &&
+          !rounding_shows_in_integers(programs[0], times)) {
         result.differences.push_back({0, "its program was refused\n" + explain()});
       } else {
         result.not_compiled.push_back({0, explain()});

@@ -95,8 +95,10 @@ void Machine::disturb(const torch::Tensor& tensor) {
   std::uniform_real_distribution<double> error(-settings_.noise * ulp, settings_.noise * ulp);
   std::vector<double> factors(static_cast<size_t>(bare.numel()));
   for (double& factor : factors) factor = 1 + error(noise_);
-  const auto wide = torch::from_blob(factors.data(), bare.sizes(), torch::kDouble);
+  auto wide = torch::from_blob(factors.data(), bare.sizes(), torch::kDouble);
   try {
+    // Of a zero the sign is what rounding decides.
+    wide = torch::where(bare == 0, torch::sign(wide - 1), wide);
     bare.copy_(bare.to(bare.is_complex() ? torch::kComplexDouble : torch::kDouble) * wide);
   } catch (const std::exception&) {
     // Its elements overlap.

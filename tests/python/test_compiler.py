@@ -13,12 +13,13 @@ import json
 import os
 import tempfile
 import unittest
+import unittest.mock
 import zipfile
 
 import reprise_compiler
 import torch
 import torch._inductor
-from reprise_compiler import device_scalars, symbols
+from reprise_compiler import build_package, device_scalars, symbols
 from reprise_compiler.trace_to_fx import TraceError, read_trace
 from trace_recorder import record
 
@@ -301,6 +302,42 @@ class Arguments(CompilerTest):
 
         self.check(f, [torch.randn(4, 8)])
 
+    def test_complex_numbers(self):
+        def f(x):
+            y = torch.zeros(2, 3, dtype=torch.complex64)
+            z = torch.full((3,), 1 - 2j)
+            w = torch.full_like(z, 0.5j) * x[0]
+            u = x.double() * (2 + 1j)
+            return y + x, z, torch.full((), 2j, dtype=torch.complex128), w, x - 1j, u, w == 0.5j
+
+        self.check(f, [torch.randn(2, 3)])
+
+    def test_loops_that_cannot_be_split_alike(self):
+        def f(x):
+            y = x.roll(2, 0) * 1.5
+            g = y.gather(0, torch.zeros_like(y, dtype=torch.int64))
+            return torch.lerp(g, y * -1.75, 0.25), g.view(3, 2) @ g.view(2, 3), g * g + g
+
+        lower = build_package._lower
+        with unittest.mock.patch.object(build_package, "_lower", wraps=lower) as attempts:
+            self.check(f, [torch.randn(2, 3, dtype=torch.float64)])
+        self.assertEqual(attempts.call_count, 2)
+
+    def test_a_masked_number_that_is_used_again(self):
+        def f(k):
+            tail = k[2:]
+            tail.add_(1)
+            tail.fill_(2)
+            return k.flip(0), tail.repeat(2)
+
+        self.check(f, [torch.arange(4)])
+
+    def test_bytes_of_booleans(self):
+        def f(x):
+            m = x > 0
+            return m.view(torch.int8) * 2, m.view(torch.int32) + 1, x.view(torch.int16) + 1
+
+        self.check(f, [torch.randn(2, 8)])
 
     def test_factors_of_integer_products_are_integers(self):
         def f(x, v):
@@ -309,6 +346,9 @@ class Arguments(CompilerTest):
                 torch.addmv(v, x, v, beta=2.5, alpha=1.5),
                 torch.baddbmm(x[None], x[None], x[None], beta=1.5, alpha=-2.5),
                 aten.addmm_(x[:1, :1].clone(), x[:1], x[:, :1], beta=-1.5, alpha=1.5),
+                torch.addcmul(v, v, v, value=-2.5),
+                aten.addcmul_(v.clone(), v, v, value=1.5),
+                torch.addcmul(v, v.float(), v, value=-2.5),
             )
 
         for dtype in (torch.int64, torch.int32, torch.float32):
@@ -323,6 +363,15 @@ class Arguments(CompilerTest):
             return y, aten.fill(x, 1.5), flags & (x > 0)
 
         self.check(f, [torch.arange(4).reshape(2, 2), torch.zeros(2, 2, dtype=torch.bool)], tolerance=0)
+
+    def test_integers_take_numbers_that_change(self):
+        def f(x, flags, number):
+            x.t().fill_(number)
+            return torch.addcmul(x, x, x, value=number), flags.clone().fill_(number) & flags
+
+        inputs = [torch.arange(4).reshape(2, 2), torch.ones(2, 2, dtype=torch.bool)]
+        self.check(f, inputs, scalars=[2.75], other_scalars=[-1.5], tolerance=0)
+        self.check(f, inputs, scalars=[2.75], other_scalars=[0.0], tolerance=0)
 
     def test_a_filled_tensor_is_rounded_to_its_dtype(self):
         def f(x):

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 import torch._inductor
 import torch._inductor.config
+from torch._inductor.exc import InductorError
 from torch._inductor.fx_passes import joint_graph, post_grad, pre_grad
 from torch._inductor.package import package_aoti
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from . import torch_patches
-from .fills import round_fills
+from .fills import round_fills, split_complex_numbers
 from .mutations import copy_old_values_first
 from .symbols import Symbols
 from .toolchain import Toolchain
@@ -34,6 +36,11 @@ from .trace_to_fx import TraceProgram, read_trace
 
 # Elements of a loop from which on starting a thread team pays.
 _ELEMENTS_FOR_A_TEAM = 16384
+
+
+def _before_lowering(graph: Graph) -> None:
+    copy_old_values_first(graph)
+    split_complex_numbers(graph)
 
 
 def inductor_options() -> dict[str, Any]:
@@ -53,7 +60,7 @@ def inductor_options() -> dict[str, Any]:
         # Weights are inputs and change between calls.
         "freezing": False,
         "joint_custom_pre_pass": round_fills,
-        "post_grad_custom_post_pass": copy_old_values_first,
+        "post_grad_custom_post_pass": _before_lowering,
         # Who runs the program compares geometries.
         "size_asserts": False,
         "alignment_asserts": False,
@@ -154,6 +161,23 @@ def _set_call_spec(program: TraceProgram) -> None:
     program.module._out_spec = pytree.tree_structure((0,) * program.output_count)
 
 
+def _lower(program: TraceProgram, folder: Path) -> tuple[Any, Symbols | None]:
+    """The package's files, in `folder`, and the symbols with the guards that were met."""
+    _set_call_spec(program)
+    symbols = Symbols(program.hints) if program.hints else None
+    with _for_device(program):
+        files = torch._inductor.aot_compile(
+            program.module,
+            fake_inputs(program, symbols),
+            options={
+                **inductor_options(),
+                **options_for(program),
+                "aot_inductor.output_path": str(folder),
+            },
+        )
+    return files, symbols
+
+
 def _write_guards(symbols: Symbols, output_path: str) -> None:
     """Before the package is there, so that none is without."""
     with tempfile.NamedTemporaryFile(
@@ -204,18 +228,13 @@ class PackageBuilder:
             clock.lap("export_s")
             return report
         with self._compiling(), self._scratch() as scratch:
-            _set_call_spec(program)
-            symbols = Symbols(program.hints) if program.hints else None
-            with _for_device(program):
-                files = torch._inductor.aot_compile(
-                    program.module,
-                    fake_inputs(program, symbols),
-                    options={
-                        **inductor_options(),
-                        **options_for(program),
-                        "aot_inductor.output_path": str(scratch),
-                    },
-                )
+            try:
+                files, symbols = _lower(program, scratch)
+            except InductorError as error:
+                if not isinstance(error.inner_exception, torch_patches.LoopsDiffer):
+                    raise
+                with torch_patches.without_splitting_loops():
+                    files, symbols = _lower(read_trace(trace_json), scratch)
             clock.lap("inductor_s")
             if symbols is not None:
                 _write_guards(symbols, output_path)

@@ -17,7 +17,7 @@ _copy = torch.ops.aten.copy_.default
 
 
 def copy_old_values_first(graph: Graph) -> None:
-    """A `post_grad_custom_post_pass`: what would be read too late is copied before."""
+    """After the passes on the graph: what would be read too late is copied before."""
     copies = graph.find_nodes(op="call_function", target=_copy)
     written: set[Node] = set()
     for copy in copies:

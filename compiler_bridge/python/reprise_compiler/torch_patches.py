@@ -103,6 +103,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield index_propagation.SymPyOps, "to_dtype", staticmethod(_to_dtype)
     yield lowering.lowerings, torch.ops.prims.rev.default, _rev
     yield lowering.lowerings, _pad, _constant_pad_nd
+    yield lowering, "to_dtype_bitcast", _to_dtype_bitcast
     if _TORCH < (2, 15):
         yield serialize.GraphModuleSerializer, "serialize_inputs", _serialize_inputs
     else:
@@ -119,6 +120,8 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
         "generate_input_output_runtime_checks",
         _generate_no_runtime_checks,
     )
+    yield cpp.CppScheduling, "fuse", _fuse
+    yield cpp.CppVecOverrides, "masked", staticmethod(_masked)
     yield cpp, "sympy", _SympyThatOnlyExpands()
     yield cpp_builder, "run_compile_cmd", _run_compile_cmd
     # Each node would note where in the Python code it comes from: in ours.
@@ -155,6 +158,50 @@ def _recompute_size_and_body(self, *args, **kwargs):
     _stock_recompute_size_and_body(self, *args, **kwargs)
     computed = self.read_writes.with_read(kept)
     self.set_read_writes(computed.rename(self.mutation_renames))
+
+
+_stock_fuse = cpp.CppScheduling.fuse
+
+
+class LoopsDiffer(Exception):
+    """Two loops of other ranges could not be made one, though that had been decided."""
+
+
+def _fuse(self, node1, node2):
+    """Says so where the stock code asserts: that the two loops, split anew, have the same
+    ranges in the same order, and that no index in them is a constant (torch 2.11.0,
+    codegen/cpp.py).
+    """
+    try:
+        return _stock_fuse(self, node1, node2)
+    except AssertionError as error:
+        raise LoopsDiffer(str(error)) from error
+
+
+def without_splitting_loops() -> contextlib.AbstractContextManager[None]:
+    """Within it, loops are fused only where they have the same ranges as they are."""
+    compatible = (cpp.CppScheduling, "_can_fuse_nodes_with_compatible_ranges")
+    return in_force(iter([(*compatible, lambda self, node1, node2: False)]))
+
+
+_stock_masked = cpp.CppVecOverrides.masked
+
+
+def _masked(mask, body, other):
+    """Leaves a number that the body returns the number that it is. The stock code says that
+    it is a vector, and what uses it afterwards is wrong C++ (torch 2.11.0).
+    """
+    returned = []
+
+    def noted():
+        result = body()
+        returned.append((result, result.is_vec))
+        return result
+
+    value = _stock_masked(mask, noted, other)
+    for result, is_vec in returned:
+        result.is_vec = is_vec
+    return value
 
 
 _stock_fusable_weak_dep = scheduler.Scheduler.fusable_weak_dep
@@ -209,6 +256,16 @@ _stock_rev = lowering.lowerings[torch.ops.prims.rev.default]
 def _rev(x, dims):
     """A number is its own reverse; the stock lowering looks for its dimension."""
     return _stock_rev(x, dims if x.get_size() else [])
+
+
+_stock_to_dtype_bitcast = lowering.to_dtype_bitcast
+
+
+def _to_dtype_bitcast(x, dtype, **kwargs):
+    """Leaves the bytes of booleans to eager; the stock lowering asks for their bits."""
+    if torch.bool in (x.get_dtype(), dtype) and x.get_dtype() != dtype:
+        return lowering.fallback_handler(torch.ops.aten.view.dtype)(x, dtype)
+    return _stock_to_dtype_bitcast(x, dtype, **kwargs)
 
 
 _pad = torch.ops.aten.constant_pad_nd.default

@@ -183,40 +183,39 @@ _SUB_AS_ADD = {
 }
 
 
-def _with_factors_of_its_dtype(op: Any) -> Any:
-    """Eager casts `alpha` and `beta` to the dtype of the sum; decompositions multiply integers
-    by the floats that they are (torch 2.11.0).
+def _with_numbers_of_its_dtype(op: Any) -> Any:
+    """Eager casts these ops' numbers to the dtype in which it computes. Decompositions
+    multiply integers by the floats that they are, make floats of a filled tensor, or refuse
+    (torch 2.11.0).
     """
 
-    def call(sum: torch.Tensor, *factors: Any, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
-        if not (sum.is_floating_point() or sum.is_complex()):
-            beta, alpha = int(beta), int(alpha)
-        return op(sum, *factors, beta=beta, alpha=alpha)
+    def call(*given: Any, **numbers: Any) -> torch.Tensor:
+        dtypes = {value.dtype for value in given if isinstance(value, torch.Tensor)}
+        if any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
+            return op(*given, **numbers)
+
+        def cast(value: Any) -> Any:
+            if not isinstance(value, float | torch.SymFloat):
+                return value
+            return value != 0 if dtypes == {torch.bool} else torch.sym_int(value)
+
+        return op(*map(cast, given), **{name: cast(value) for name, value in numbers.items()})
 
     return call
 
 
-_SUMS_OF_PRODUCTS = {
-    op: _with_factors_of_its_dtype(op)
-    for name in ("addmm", "addmv", "addbmm", "baddbmm")
-    for op in (getattr(_aten, name).default, getattr(_aten, name + "_").default)
+_NUMBERS_ARE_CAST = {
+    op: _with_numbers_of_its_dtype(op)
+    for op in (
+        *(
+            getattr(_aten, name + suffix).default
+            for name in ("addmm", "addmv", "addbmm", "baddbmm", "addcmul")
+            for suffix in ("", "_")
+        ),
+        _aten.fill.Scalar,
+        _aten.fill_.Scalar,
+    )
 }
-
-
-def _with_a_number_of_its_dtype(op: Any) -> Any:
-    """Eager cuts a float that integers are filled with; decompositions make floats of the
-    tensor (torch 2.11.0).
-    """
-
-    def call(filled: torch.Tensor, number: Any) -> torch.Tensor:
-        if not (filled.is_floating_point() or filled.is_complex()):
-            number = bool(number) if filled.dtype is torch.bool else int(number)
-        return op(filled, number)
-
-    return call
-
-
-_FILLS = {op: _with_a_number_of_its_dtype(op) for op in (_aten.fill.Scalar, _aten.fill_.Scalar)}
 
 # Views that may show an element in several places.
 _OVERLAPPING_VIEWS = {_aten.expand.default, _aten.unfold.default}
@@ -335,10 +334,7 @@ class _GraphBuilder:
             op = self.with_numbers_on_the_device(op, positional, keywords)
         op = self.without_symbolic_branches(op, keywords)
         op = self.with_tensor_bounds(op, positional)
-        if not all(type(keywords.get(name, 1)) is int for name in ("alpha", "beta")):
-            op = _SUMS_OF_PRODUCTS.get(op, op)
-        if op in _FILLS and type(positional[1]) is float and math.isfinite(positional[1]):
-            op = _FILLS[op]
+        op = _NUMBERS_ARE_CAST.get(op, op)
         self.rebase_as_strided(schema, positional)
         node = self.graph.call_function(op, tuple(positional), keywords)
         if any(r.alias_info for r in schema.returns) and op not in _VIEWS_AS_ANOTHER_DTYPE:
