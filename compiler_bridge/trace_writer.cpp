@@ -4,8 +4,6 @@
 #include <c10/core/MemoryFormat.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <map>
 #include <optional>
 
@@ -16,14 +14,6 @@
 
 namespace reprise {
 namespace {
-
-std::string float_text(double value) {
-  if (std::isnan(value)) return "\"nan\"";
-  if (std::isinf(value)) return value > 0 ? "\"inf\"" : "\"-inf\"";
-  char text[64];
-  std::snprintf(text, sizeof text, "\"%a\"", value);
-  return text;
-}
 
 /// As Python's `torch` names dtypes: the lower-case form of `toString` but for
 /// a few.
@@ -280,11 +270,11 @@ class Writer {
     if (value.isNone()) return "null";
     if (value.isInt()) return field("int", std::to_string(value.toInt()));
     if (value.isBool()) return field("bool", value.toBool() ? "true" : "false");
-    if (value.isDouble()) return field("float", float_text(value.toDouble()));
+    if (value.isDouble()) return field("float", json_text(float_text(value.toDouble())));
     if (value.isString()) return field("str", json_text(value.toStringRef()));
     if (value.isComplexDouble()) {
       const auto c = value.toComplexDouble();
-      return field("complex", "[" + float_text(c.real()) + "," + float_text(c.imag()) + "]");
+      return field("complex", "[" + json_text(float_text(c.real())) + "," + json_text(float_text(c.imag())) + "]");
     }
     if (value.isList()) return field("list", list_text(value.toListRef(), [](const c10::IValue& v) { return constant(v); }));
     TORCH_CHECK(false, "reprise: a constant of type ", value.tagKind(), " cannot be compiled");
@@ -324,7 +314,7 @@ class Writer {
       case Arg::Kind::kBool:
         return field("bool", arg.b ? "true" : "false");
       case Arg::Kind::kDouble:
-        return arg.dynamic ? next_scalar() : field("float", float_text(arg.d));
+        return arg.dynamic ? next_scalar() : field("float", json_text(float_text(arg.d)));
       case Arg::Kind::kNumber:
         return number(arg);
       case Arg::Kind::kIntList:

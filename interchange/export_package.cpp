@@ -138,7 +138,7 @@ Exported run_and_describe(const std::string& what, const std::string& format, bo
                     options.input_names.size(), " names for ", arguments.size(), " tensors");
   Exported out;
   const c10::AutoGradMode grad(options.training_step || keeps_gradients);
-  out.step = options.training_step ? trace_training_step(what, arguments, body)
+  out.step = options.training_step ? trace_training_step(what, arguments, body, options.optimizers)
                                    : TracedStep{trace_function(what, arguments, body, WritesWeights::kNo), {}};
   const TracedFunction& traced = out.step.traced;
   const c10::AutoGradMode no_grad(false);
@@ -150,6 +150,8 @@ Exported run_and_describe(const std::string& what, const std::string& format, bo
   }
   NamedTensors all_names = options.weight_names;
   all_names.insert(all_names.end(), named.begin(), named.end());
+  const NamedTensors states = named_state(options.optimizers, all_names);
+  all_names.insert(all_names.end(), states.begin(), states.end());
   out.weights = traced.weights(all_names);
   out.packaged.in_program = options.weights == Weights::kInProgram;
   nlohmann::json weight_names = nlohmann::json::array(), parameters = weight_names;

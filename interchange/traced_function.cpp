@@ -1,16 +1,19 @@
 #include "interchange/traced_function.h"
 
 #include <ATen/ops/arange.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <atomic>
 #include <optional>
+#include <tuple>
 
 #include "compiler_bridge/trace_writer.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/session.h"
+#include "reprise/device.h"
 #include "symint/general_trace.h"
 
 namespace reprise {
@@ -22,9 +25,28 @@ uint64_t next_function() {
   return next.fetch_add(1);
 }
 
-TracedFunction trace_once(const std::string& what, const std::vector<at::Tensor>& arguments,
-                          FunctionBody body, WritesWeights writes) {
+/// What runs, and on what terms.
+struct Subject {
+  const std::string& what;
+  FunctionBody body;
+  WritesWeights writes;
+  const OptimizerPtrs& optimizers;
+};
+
+/// The steps with those numbers as dynamic scalars.
+std::vector<StepPtr> with_scalars(std::vector<StepPtr> steps, const CountedNumbers& numbers) {
+  for (const auto& [step, argument, number] : numbers.places) {
+    const auto with = std::make_shared<Step>(*steps[step]);
+    with->args[argument].dynamic = true;
+    steps[step] = with;
+  }
+  return steps;
+}
+
+TracedFunction trace_once(const Subject& subject, const std::vector<at::Tensor>& arguments) {
+  const auto& [what, body, writes, optimizers] = subject;
   TracedFunction out;
+  const OptimizerState before = state_of(optimizers);
   Session& session = Session::current();
   session.begin_function(next_function(), "what is exported", /*whole=*/true, /*watch=*/false);
   try {
@@ -40,7 +62,10 @@ TracedFunction trace_once(const std::string& what, const std::vector<at::Tensor>
               run.broken_by.empty() ? "" : ": ", run.broken_by);
 
   Program& program = *out.program;
-  program.steps = run.steps;
+  std::string problem;
+  const CountedNumbers numbers = counted_numbers(run, before, state_of(optimizers), problem);
+  TORCH_CHECK(problem.empty(), what, ": ", problem);
+  program.steps = with_scalars(run.steps, numbers);
   program.device_index = run.steps.back()->device_index;
   const auto is_argument = [&](const LazyStorage* storage) {
     return std::any_of(arguments.begin(), arguments.end(),
@@ -65,7 +90,7 @@ TracedFunction trace_once(const std::string& what, const std::vector<at::Tensor>
                 "has not made; clone it");
     program.results.emplace_back(made->first, Geometry(*tensor.unsafeGetTensorImpl()));
   }
-  out.trace = write_trace(program);
+  std::tie(out.trace, out.counters) = with_step_counters(write_trace(program), numbers);
   for (size_t k = 0; k < arguments.size(); ++k) {
     int64_t found = -1;
     for (size_t input = 0; input < program.inputs.size(); ++input) {
@@ -102,8 +127,9 @@ std::vector<MarkedSize> marks_of(const std::vector<at::Tensor>& arguments) {
 
 /// The trace as one over symbols: the function runs at other sizes, and what changes with
 /// them must follow from them.
-std::string over_symbols(const std::string& what, const TracedFunction& first,
-                         const std::vector<at::Tensor>& arguments, FunctionBody body, WritesWeights writes) {
+std::string over_symbols(const Subject& subject, const TracedFunction& first,
+                         const std::vector<at::Tensor>& arguments) {
+  const std::string& what = subject.what;
   const std::vector<MarkedSize>& marks = first.marks;
   constexpr uint32_t kTrials = 5;
   constexpr size_t kEnough = 4;  // traces, the first one with them
@@ -127,7 +153,7 @@ std::string over_symbols(const std::string& what, const TracedFunction& first,
     }
     Session::current().mark_step("an example of another size is made");
     try {
-      const TracedFunction there = trace_once(what, other, body, writes);
+      const TracedFunction there = trace_once(subject, other);
       const SplitTrace elsewhere(there.trace);
       TORCH_CHECK(elsewhere.skeleton() == split.skeleton(), "the function does something else there");
       if (std::find(members.begin(), members.end(), elsewhere.integers) == members.end()) {
@@ -164,9 +190,9 @@ std::vector<TracedFunction::Weight> TracedFunction::weights(const NamedTensors& 
   std::vector<Weight> weights;
   for (size_t input = 0; input < program->inputs.size(); ++input) {
     const auto number = static_cast<int64_t>(input);
+    if (program->inputs[input].kind == ProgramInput::Kind::kScalar) break;  // counted: see below
     if (std::find(order.begin(), order.end(), number) != order.end()) continue;
     const ProgramInput& each = program->inputs[input];
-    TORCH_CHECK(each.kind == ProgramInput::Kind::kSlot, "reprise: a number in the exported function changes");
     const auto& storage = run.inputs[each.index];
     Weight weight{number, "weight_" + std::to_string(input), backing_tensor(storage->backing(), each.geometry), false,
                   false, false};
@@ -190,6 +216,15 @@ std::vector<TracedFunction::Weight> TracedFunction::weights(const NamedTensors& 
                 "reprise: a tensor that the exported function writes is used through two views");
     weights.push_back(std::move(weight));
   }
+  const auto slots = std::count_if(program->inputs.begin(), program->inputs.end(), [](const ProgramInput& each) {
+    return each.kind == ProgramInput::Kind::kSlot;
+  });
+  for (size_t k = 0; k < counters.size(); ++k) {
+    const std::string name = counters.size() == 1 ? "optimizer_step" : c10::str("optimizer_step_", counters[k].group);
+    const auto options = at::TensorOptions(backing_device()).dtype(c10::kDouble);
+    weights.push_back({slots + static_cast<int64_t>(k), name, at::scalar_tensor(counters[k].count, options),
+                       /*written=*/true, /*is_parameter=*/false, /*named=*/true});
+  }
   return weights;
 }
 
@@ -204,8 +239,7 @@ void expect_lazy(const std::string& what, const std::vector<at::Tensor>& argumen
 }
 
 /// What was traced once, over symbols where sizes are marked.
-void generalise(const std::string& what, TracedFunction& traced, const std::vector<at::Tensor>& arguments,
-                FunctionBody body, WritesWeights writes) {
+void generalise(const Subject& subject, TracedFunction& traced, const std::vector<at::Tensor>& arguments) {
   traced.marks = marks_of(arguments);
   if (traced.marks.empty()) return;
   // At other sizes it writes what it writes once more.
@@ -214,13 +248,15 @@ void generalise(const std::string& what, TracedFunction& traced, const std::vect
   for (TracedFunction::Weight& weight : traced.weights({})) {
     if (weight.written) written.emplace_back(weight.tensor, weight.tensor.clone());
   }
+  const OptimizerState counted = state_of(subject.optimizers);
   const auto restore = [&] {
+    restore_counts(counted);
     Session::current().mark_step("examples of other sizes have run");
     const c10::AutoGradMode no_grad(false);
     for (const auto& [tensor, before] : written) tensor.copy_(before);
   };
   try {
-    traced.trace = over_symbols(what, traced, arguments, body, writes);
+    traced.trace = over_symbols(subject, traced, arguments);
   } catch (...) {
     restore();
     throw;
@@ -233,34 +269,37 @@ void generalise(const std::string& what, TracedFunction& traced, const std::vect
 TracedFunction trace_function(const std::string& what, const std::vector<at::Tensor>& arguments,
                               FunctionBody body, WritesWeights writes) {
   expect_lazy(what, arguments);
-  TracedFunction traced = trace_once(what, arguments, body, writes);
-  generalise(what, traced, arguments, body, writes);
+  const OptimizerPtrs none;
+  const Subject subject{what, body, writes, none};
+  TracedFunction traced = trace_once(subject, arguments);
+  generalise(subject, traced, arguments);
   return traced;
 }
 
 TracedStep trace_training_step(const std::string& what, const std::vector<at::Tensor>& arguments,
-                               FunctionBody body) {
+                               FunctionBody body, const OptimizerPtrs& optimizers) {
   // The first call makes an optimizer's state, and may find gradients.
   constexpr int kMostRuns = 4;
   expect_lazy(what, arguments);
-  TracedFunction last = trace_once(what, arguments, body, WritesWeights::kYes);
+  const Subject subject{what, body, WritesWeights::kYes, optimizers};
+  TracedFunction last = trace_once(subject, arguments);
   for (int runs = 1; runs < kMostRuns; ++runs) {
     Session::current().mark_step("a training step has run");
     TracedStep step;
     for (const TracedFunction::Weight& weight : last.weights({})) {
       step.before.push_back(weight.written ? weight.tensor.clone() : at::Tensor());
     }
-    step.traced = trace_once(what, arguments, body, WritesWeights::kYes);
+    step.traced = trace_once(subject, arguments);
     if (step.traced.trace == last.trace) {
       TORCH_CHECK(step.traced.run.inputs == last.run.inputs, what, ": the function uses a tensor that is another in "
                   "each call and no argument");
-      generalise(what, step.traced, arguments, body, WritesWeights::kYes);
+      generalise(subject, step.traced, arguments);
       return step;
     }
     last = std::move(step.traced);
   }
   TORCH_CHECK(false, what, ": the function does not do the same in each call; does a number in it change, a learning "
-              "rate or Adam's bias correction?");
+              "rate or Adam's bias correction? What ExportOptions::optimizers names counts its own steps");
 }
 
 }  // namespace reprise

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "interchange/step_counters.h"
 #include "lazy_backend/function_trace.h"
 #include "reprise/export.h"
 
@@ -30,10 +31,12 @@ struct TracedFunction {
   std::vector<int64_t> order;  ///< the program's input that each argument is
   std::vector<MarkedSize> marks;
   std::string trace;  ///< docs/trace_format.md, over symbols where sizes were marked
+  /// Further inputs of the trace, after the program's slots.
+  std::vector<StepCounter> counters;
 
   /// A tensor that it uses beside its arguments.
   struct Weight {
-    int64_t input;     ///< of the program
+    int64_t input;     ///< of the trace
     std::string name;  ///< what the module calls it, or `weight_` and the input
     at::Tensor tensor; ///< of the backing device; not a copy
     bool written;
@@ -59,10 +62,10 @@ struct TracedStep {
   std::vector<at::Tensor> before;
 };
 
-/// As `trace_function`, of a function that does the same from its second or third call on.
-/// Throws c10::Error where it does not.
+/// As `trace_function`, of a function that does the same from its second or third call on, but
+/// for what `optimizers` count. Throws c10::Error where it does not.
 TracedStep trace_training_step(const std::string& what, const std::vector<at::Tensor>& arguments,
-                               FunctionBody body);
+                               FunctionBody body, const OptimizerPtrs& optimizers);
 
 /// In words: `batch, length (2 to 64)`.
 std::string text_of(const std::vector<MarkedSize>& marks);

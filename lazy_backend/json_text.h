@@ -1,8 +1,9 @@
 /// \file
-/// Text as a JSON string. What is written as JSON here is flat, and what is read
+/// Text as a JSON string, and numbers as text. What is written as JSON here is flat, and what is read
 /// is read by Python.
 #pragma once
 
+#include <cmath>
 #include <cstdio>
 #include <string>
 #include <string_view>
@@ -24,6 +25,15 @@ inline std::string json_text(std::string_view text) {
     }
   }
   return out + '"';
+}
+
+/// Every bit of it, as Python's `float.fromhex` reads it.
+inline std::string float_text(double value) {
+  if (std::isnan(value)) return "nan";
+  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
+  char text[64];
+  std::snprintf(text, sizeof text, "%a", value);
+  return text;
 }
 
 }  // namespace reprise

@@ -36,6 +36,10 @@ struct Rule {
   bool (*same)(const optim::OptimizerOptions& a, const optim::OptimizerOptions& b);
   /// Steps that a parameter has taken; null where the class does not count them.
   int64_t& (*steps)(optim::OptimizerParamState& state);
+  /// Of a number that changes from step to step; null where none does.
+  std::optional<CountedNumber> (*formula)(const optim::OptimizerOptions& options, Kind kind, uint32_t group);
+  /// The tensors of a parameter's state.
+  std::vector<std::pair<const char*, at::Tensor>> (*tensors)(const optim::OptimizerParamState& state);
 };
 
 template <class Options>
@@ -72,17 +76,54 @@ Values of_adagrad(const optim::OptimizerOptions& any, int64_t step) {
   return {.update = -rate};
 }
 
+using Tensors = std::vector<std::pair<const char*, at::Tensor>>;
+
+template <class Options>
+std::optional<CountedNumber> adam_formula(const optim::OptimizerOptions& any, Kind kind, uint32_t group) {
+  const auto& options = static_cast<const Options&>(any);
+  const auto [beta1, beta2] = options.betas();
+  if (kind == Kind::kUpdate) return CountedNumber{CountedNumber::Kind::kCorrected, beta1, options.lr(), group};
+  if (kind == Kind::kRoot) return CountedNumber{CountedNumber::Kind::kRoot, beta2, 0, group};
+  return std::nullopt;
+}
+
+std::optional<CountedNumber> adagrad_formula(const optim::OptimizerOptions& any, Kind kind, uint32_t group) {
+  const auto& options = static_cast<const optim::AdagradOptions&>(any);
+  if (kind != Kind::kUpdate || options.lr_decay() == 0) return std::nullopt;
+  return CountedNumber{CountedNumber::Kind::kDecayed, options.lr_decay(), options.lr(), group};
+}
+
+Tensors sgd_tensors(const optim::OptimizerParamState& any) {
+  const auto& state = static_cast<const optim::SGDParamState&>(any);
+  return {{"momentum_buffer", state.momentum_buffer()}};
+}
+template <class State>
+Tensors adam_tensors(const optim::OptimizerParamState& any) {
+  const auto& state = static_cast<const State&>(any);
+  return {{"exp_avg", state.exp_avg()}, {"exp_avg_sq", state.exp_avg_sq()}, {"max_exp_avg_sq", state.max_exp_avg_sq()}};
+}
+Tensors adagrad_tensors(const optim::OptimizerParamState& any) {
+  return {{"sum", static_cast<const optim::AdagradParamState&>(any).sum()}};
+}
+Tensors rmsprop_tensors(const optim::OptimizerParamState& any) {
+  const auto& state = static_cast<const optim::RMSpropParamState&>(any);
+  return {{"square_avg", state.square_avg()}, {"momentum_buffer", state.momentum_buffer()}, {"grad_avg", state.grad_avg()}};
+}
+
 const Rule* rule_of(const optim::Optimizer& optimizer) {
   static const std::array rules{
-      Rule{typeid(optim::SGD), of_rate_alone, same<optim::SGDOptions>, nullptr},
+      Rule{typeid(optim::SGD), of_rate_alone, same<optim::SGDOptions>, nullptr, nullptr,
+           sgd_tensors},
       Rule{typeid(optim::Adam), of_adam<optim::AdamOptions>, same<optim::AdamOptions>,
-           steps<optim::AdamParamState>},
+           steps<optim::AdamParamState>, adam_formula<optim::AdamOptions>,
+           adam_tensors<optim::AdamParamState>},
       Rule{typeid(optim::AdamW), of_adam<optim::AdamWOptions>, same<optim::AdamWOptions>,
-           steps<optim::AdamWParamState>},
+           steps<optim::AdamWParamState>, adam_formula<optim::AdamWOptions>,
+           adam_tensors<optim::AdamWParamState>},
       Rule{typeid(optim::Adagrad), of_adagrad, same<optim::AdagradOptions>,
-           steps<optim::AdagradParamState>},
+           steps<optim::AdagradParamState>, adagrad_formula, adagrad_tensors},
       Rule{typeid(optim::RMSprop), of_rate_alone, same<optim::RMSpropOptions>,
-           steps<optim::RMSpropParamState>},
+           steps<optim::RMSpropParamState>, nullptr, rmsprop_tensors},
   };
   // Not a class derived of one: that may compute otherwise.
   const auto found = std::find_if(rules.begin(), rules.end(), [&](const Rule& rule) {
@@ -128,67 +169,91 @@ OptimizerState state_of(const OptimizerPtrs& optimizers) {
   return state;
 }
 
-OptimizerStep step_of(const FunctionTrace& run, const OptimizerState& before, OptimizerState after,
-                      std::string& problem) {
-  OptimizerStep step;
-  std::unordered_map<const LazyStorage*, uint32_t> group_of;
-  std::vector<Values> values;
-  bool same_groups = before.groups.size() == after.groups.size();
-  for (uint32_t g = 0; same_groups && g < after.groups.size(); ++g) {
-    const auto& was = before.groups[g];
-    const auto& is = after.groups[g];
-    const Rule* rule = rule_of(*is.optimizer);
-    if (rule == nullptr) {
-      problem = c10::str("an optimizer of it (", c10::demangle(typeid(*is.optimizer).name()),
-                         ") is of no class whose numbers are known");
-      return step;
-    }
-    same_groups = was.optimizer == is.optimizer && was.parameters == is.parameters;
-    if (!same_groups) break;
-    if (!rule->same(*was.options, *is.options)) {
-      problem = "it changes an optimizer's options, which is for between its calls";
-      return step;
-    }
-    auto& stepped = step.stepped.emplace_back();
-    for (uint32_t k = 0; k < is.parameters.size(); ++k) {
-      if (is.steps[k] == was.steps[k] + 1) stepped.push_back(k);
-      if (is.steps[k] < was.steps[k] || is.steps[k] > was.steps[k] + 1) {
-        problem = "an optimizer of it takes several steps, or is given another state";
-        return step;
-      }
-      if (is.parameters[k]->device().is_lazy()) group_of[lazy_storage(is.parameters[k])] = g;
-    }
-    const bool counts = rule->steps != nullptr;
-    const auto taken = common(is.steps, stepped);
-    const bool known = taken && !(counts && stepped.empty());
-    values.push_back(known ? rule->values(*is.options, *taken) : Values());
-  }
-  if (!same_groups) {
-    problem = "it changes an optimizer's parameters";
-    return step;
-  }
-  step.any_rate.resize(after.groups.size());
+namespace {
 
-  const auto number_of = [&](const Step& op, double number) -> std::optional<OptimizerNumber> {
+/// What one step of each optimizer computed in a traced run.
+class StepNumbers {
+ public:
+  /// `problem` says where the run is more than one step of each.
+  StepNumbers(const FunctionTrace& run, const OptimizerState& before, const OptimizerState& after,
+              std::string& problem)
+      : run_(run) {
+    bool same_groups = before.groups.size() == after.groups.size();
+    for (uint32_t g = 0; same_groups && g < after.groups.size(); ++g) {
+      const auto& was = before.groups[g];
+      const auto& is = after.groups[g];
+      const Rule* rule = rule_of(*is.optimizer);
+      if (rule == nullptr) {
+        problem = c10::str("an optimizer of it (", c10::demangle(typeid(*is.optimizer).name()),
+                           ") is of no class whose numbers are known");
+        return;
+      }
+      same_groups = was.optimizer == is.optimizer && was.parameters == is.parameters;
+      if (!same_groups) break;
+      if (!rule->same(*was.options, *is.options)) {
+        problem = "it changes an optimizer's options, which is for between its calls";
+        return;
+      }
+      auto& stepped = stepped_.emplace_back();
+      for (uint32_t k = 0; k < is.parameters.size(); ++k) {
+        if (is.steps[k] == was.steps[k] + 1) stepped.push_back(k);
+        if (is.steps[k] < was.steps[k] || is.steps[k] > was.steps[k] + 1) {
+          problem = "an optimizer of it takes several steps, or is given another state";
+          return;
+        }
+        if (is.parameters[k]->device().is_lazy()) group_of_[lazy_storage(is.parameters[k])] = g;
+      }
+      const bool counts = rule->steps != nullptr;
+      const auto taken = common(is.steps, stepped);
+      const bool known = taken && !(counts && stepped.empty());
+      values_.push_back(known ? rule->values(*is.options, *taken) : Values());
+      counts_.push_back(known ? *taken : 0);
+    }
+    if (!same_groups) problem = "it changes an optimizer's parameters";
+  }
+
+  /// What `number` is, which `op` takes.
+  std::optional<OptimizerNumber> find(const Step& op, double number) const {
     // What a parameter takes belongs to its group.
     for (const uint32_t slot : op.written) {
-      const auto group = slot < run.inputs.size() ? group_of.find(run.inputs[slot].get()) : group_of.end();
-      if (group == group_of.end()) continue;
+      const auto group = slot < run_.inputs.size() ? group_of_.find(run_.inputs[slot].get()) : group_of_.end();
+      if (group == group_of_.end()) continue;
       for (const Kind kind : {Kind::kUpdate, Kind::kDecay}) {
-        if (values[group->second].of(kind) == number) return OptimizerNumber{kind, group->second};
+        if (values_[group->second].of(kind) == number) return OptimizerNumber{kind, group->second};
       }
       return std::nullopt;
     }
     // Groups with the same root now have the same for ever: options and counters are watched.
-    for (uint32_t g = 0; g < values.size(); ++g) {
-      if (values[g].root == number) return OptimizerNumber{Kind::kRoot, g};
+    for (uint32_t g = 0; g < values_.size(); ++g) {
+      if (values_[g].root == number) return OptimizerNumber{Kind::kRoot, g};
     }
     return std::nullopt;
-  };
+  }
+
+  std::vector<std::vector<uint32_t>>& stepped() { return stepped_; }
+  std::vector<int64_t>& counts() { return counts_; }
+
+ private:
+  const FunctionTrace& run_;
+  std::unordered_map<const LazyStorage*, uint32_t> group_of_;
+  std::vector<Values> values_;                  ///< by group
+  std::vector<std::vector<uint32_t>> stepped_;  ///< by group
+  std::vector<int64_t> counts_;                 ///< by group
+};
+
+}  // namespace
+
+OptimizerStep step_of(const FunctionTrace& run, const OptimizerState& before, OptimizerState after,
+                      std::string& problem) {
+  OptimizerStep step;
+  StepNumbers numbers(run, before, after, problem);
+  if (!problem.empty()) return step;
+  step.stepped = std::move(numbers.stepped());
+  step.any_rate.resize(after.groups.size());
   for (const StepPtr& op : run.steps) {
     for (const Arg& arg : op->args) {
       if (!arg.dynamic || step.numbers.size() == run.scalars.size()) continue;
-      step.numbers.push_back(number_of(*op, run.scalars[step.numbers.size()]));
+      step.numbers.push_back(numbers.find(*op, run.scalars[step.numbers.size()]));
     }
   }
   step.numbers.resize(run.scalars.size());
@@ -199,6 +264,29 @@ OptimizerStep step_of(const FunctionTrace& run, const OptimizerState& before, Op
   }
   step.after = std::move(after);
   return step;
+}
+
+CountedNumbers counted_numbers(const FunctionTrace& run, const OptimizerState& before,
+                               const OptimizerState& after, std::string& problem) {
+  CountedNumbers out;
+  StepNumbers numbers(run, before, after, problem);
+  if (!problem.empty()) return out;
+  for (size_t k = 0; k < run.steps.size(); ++k) {
+    const Step& op = *run.steps[k];
+    for (size_t a = 0; a < op.args.size(); ++a) {
+      if (!op.args[a].is_float() || !may_be_dynamic(op, a)) continue;
+      const auto number = numbers.find(op, op.args[a].number());
+      if (!number) continue;
+      const auto& group = after.groups[number->group];
+      const Rule& rule = *rule_of(*group.optimizer);
+      if (rule.formula == nullptr) continue;
+      if (const auto formula = rule.formula(*group.options, number->kind, number->group)) {
+        out.places.push_back({k, a, *formula});
+      }
+    }
+  }
+  out.counts = std::move(numbers.counts());
+  return out;
 }
 
 bool take_over_rates(OptimizerStep& step, const OptimizerStep& earlier) {
@@ -262,6 +350,33 @@ void count_step(const OptimizerStep& step) {
     const Rule& rule = *rule_of(*group.optimizer);
     for (const uint32_t k : step.stepped[g]) ++*counter(*group.optimizer, rule, group.parameters[k]);
   }
+}
+
+void restore_counts(const OptimizerState& state) {
+  for (const OptimizerState::Group& group : state.groups) {
+    const Rule* rule = rule_of(*group.optimizer);
+    if (rule == nullptr) continue;
+    for (size_t k = 0; k < group.parameters.size(); ++k) {
+      if (int64_t* count = counter(*group.optimizer, *rule, group.parameters[k])) *count = group.steps[k];
+    }
+  }
+}
+
+std::vector<std::pair<std::string, at::Tensor>> named_state(
+    const OptimizerPtrs& optimizers, const std::vector<std::pair<std::string, at::Tensor>>& named) {
+  std::vector<std::pair<std::string, at::Tensor>> out;
+  for (const optim::Optimizer* optimizer : optimizers) {
+    const Rule* rule = rule_of(*optimizer);
+    if (rule == nullptr) continue;
+    for (const auto& [name, parameter] : named) {
+      const auto state = optimizer->state().find(parameter.unsafeGetTensorImpl());
+      if (state == optimizer->state().end()) continue;
+      for (const auto& [what, tensor] : rule->tensors(*state->second)) {
+        if (tensor.defined()) out.emplace_back(c10::str(name, "_", what), tensor);
+      }
+    }
+  }
+  return out;
 }
 
 }  // namespace reprise

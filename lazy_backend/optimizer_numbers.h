@@ -17,6 +17,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "lazy_backend/function_trace.h"
@@ -81,5 +82,39 @@ std::optional<std::vector<double>> next_numbers(const OptimizerStep& step);
 
 /// Counts a step that was taken without the optimizers.
 void count_step(const OptimizerStep& step);
+
+/// How a number follows from the count `t` of steps, the one that is taken included.
+struct CountedNumber {
+  enum class Kind : uint8_t {
+    kCorrected,  ///< -rate / (1 - base^t)
+    kRoot,       ///< sqrt(1 - base^t)
+    kDecayed,    ///< -rate / (1 + base (t - 1))
+  };
+  Kind kind;
+  double base;
+  double rate;     ///< 0 where the formula has none
+  uint32_t group;  ///< whose count it is, among all optimizers' groups
+  bool operator==(const CountedNumber&) const = default;
+};
+
+/// The numbers of a traced run that change from step to step.
+struct CountedNumbers {
+  struct Place {
+    size_t step, argument;
+    CountedNumber number;
+  };
+  std::vector<Place> places;    ///< in the order of the trace
+  std::vector<int64_t> counts;  ///< by group, after the run; 0 where its parameters' differ
+};
+/// `problem` as for `step_of`.
+CountedNumbers counted_numbers(const FunctionTrace& run, const OptimizerState& before,
+                               const OptimizerState& after, std::string& problem);
+
+/// Sets the optimizers' counters back to what they were.
+void restore_counts(const OptimizerState& state);
+
+/// What optimizers keep for the parameters among `named`, by names: `fc.weight_exp_avg`.
+std::vector<std::pair<std::string, at::Tensor>> named_state(
+    const OptimizerPtrs& optimizers, const std::vector<std::pair<std::string, at::Tensor>>& named);
 
 }  // namespace reprise

@@ -81,6 +81,97 @@ TEST_P(PackagedWeights, ATrainingStepGoesOnInThePackage) {
   }
 }
 
+TEST_P(PackagedWeights, OptimizersCountTheirStepsInThePackage) {
+  namespace optim = torch::optim;
+  torch::nn::Sequential net(torch::nn::Linear(6, 16), torch::nn::Tanh(), torch::nn::Linear(16, 8),
+                            torch::nn::Tanh(), torch::nn::Linear(8, 1));
+  net->to(torch::kLazy);
+  const auto parameters = net->parameters();
+  auto slow = std::make_unique<optim::AdamOptions>(1e-3);
+  slow->betas({0.5, 0.9}).amsgrad(true);
+  std::vector<optim::OptimizerParamGroup> groups;
+  groups.emplace_back(std::vector<torch::Tensor>{parameters[0]});
+  groups.emplace_back(std::vector<torch::Tensor>{parameters[1]}, std::move(slow));
+  optim::Adam adam(groups, optim::AdamOptions(0.01));
+  optim::Adagrad adagrad({parameters[2], parameters[3]}, optim::AdagradOptions(0.02).lr_decay(0.3));
+  optim::AdamW adamw({parameters[4]}, optim::AdamWOptions(0.01).weight_decay(0.1));
+  optim::RMSprop rmsprop({parameters[5]}, optim::RMSpropOptions(0.01).momentum(0.9).centered(true));
+  const std::vector<optim::Optimizer*> optimizers = {&adam, &adagrad, &adamw, &rmsprop};
+  const auto step = [&](const torch::Tensor& x, const torch::Tensor& y) {
+    for (auto* each : optimizers) each->zero_grad();
+    const auto loss = torch::mse_loss(net->forward(x), y);
+    loss.backward();
+    adam.step();
+    adagrad.step();
+    adamw.step();
+    rmsprop.step();
+    return loss.detach();
+  };
+  const auto x = torch::randn({8, 6}), y = torch::randn({8, 1});
+  const auto lazy_x = x.to(torch::kLazy), lazy_y = y.to(torch::kLazy);
+  // Counters are far apart, and do not begin at zero.
+  for (int k = 0; k < 3; ++k) {
+    torch::mse_loss(net->forward(lazy_x), lazy_y).backward();
+    adam.step();
+  }
+  const auto write = [&](const std::string& to, Weights weights) {
+    export_package(step, std::tuple(lazy_x, lazy_y), to,
+                   {.weights = weights, .weight_names = named_tensors(*net), .training_step = true,
+                    .optimizers = optimizers});
+  };
+  const std::string file = path("step.pt2"), stored = path("stored.pt2");
+  write(file, GetParam());
+  LoadOptions options;
+  if (GetParam() == Weights::kNotStored) {
+    write(stored, Weights::kInFile);
+    options.weights_of = load_package(stored);
+  }
+  const auto loaded = load_package(file, options);
+  const auto& state = static_cast<optim::AdamParamState&>(*adam.state().at(parameters[0].unsafeGetTensorImpl()));
+  EXPECT_GT(state.step(), 4);
+  EXPECT_EQ(loaded->named_buffers()["optimizer_step_0"].item<double>(), static_cast<double>(state.step()));
+  constexpr int kSteps = 8;
+  for (int k = 0; k < kSteps; ++k) {
+    const auto loss = loaded->run({x.to(eager_device()), y.to(eager_device())}).at(0);
+    expect_close(step(lazy_x, lazy_y), loss, 100);
+  }
+  EXPECT_EQ(loaded->named_buffers()["optimizer_step_0"].item<double>(), static_cast<double>(state.step()));
+  EXPECT_EQ(loaded->named_buffers()["optimizer_step_3"].item<double>() + 3, static_cast<double>(state.step()));
+  expect_close(loaded->named_buffers()["0.weight_exp_avg"], state.exp_avg(), 100);
+  for (const char* name : {"0.bias_max_exp_avg_sq", "2.weight_sum", "4.weight_exp_avg_sq", "4.bias_grad_avg"}) {
+    EXPECT_TRUE(loaded->named_buffers().contains(name)) << name;
+  }
+  for (const auto& each : net->named_parameters()) {
+    expect_close(loaded->named_parameters()[each.key()], each.value(), 100);
+  }
+}
+
+TEST_F(LazySizes, AStepOfAdamIsExportedWithASizeThatChanges) {
+  const std::string folder = make_folder("adam-step"), file = folder + "/step.pt2";
+  torch::nn::Linear net(5, 3);
+  net->to(torch::kLazy);
+  torch::optim::Adam adam(net->parameters(), torch::optim::AdamOptions(0.01));
+  const auto step = [&](const torch::Tensor& x) {
+    adam.zero_grad();
+    const auto loss = net->forward(x).square().sum();
+    loss.backward();
+    adam.step();
+    return loss.detach();
+  };
+  auto x = torch::randn({6, 5}).to(torch::kLazy);
+  mark_dynamic(x, 0, {.name = "batch", .most = 64});
+  export_package(step, std::tuple(x), file,
+                 {.weight_names = named_tensors(*net), .training_step = true, .optimizers = {&adam}});
+  const auto loaded = load_package(file);
+  for (const int64_t batch : {9, 2, 6, 17}) {
+    const auto other = torch::randn({batch, 5});
+    const auto loss = loaded->run({other.to(eager_device())}).at(0);
+    expect_close(step(other.to(torch::kLazy)), loss, 100);
+  }
+  expect_close(loaded->named_parameters()["weight"], net->weight, 100);
+  std::filesystem::remove_all(folder);
+}
+
 TEST_P(PackagedWeights, TwoProgramsOfOneModelShareThem) {
   torch::nn::Linear net(64, 64);
   const auto x = torch::randn({3, 64}), row = torch::randn({1, 64});
@@ -167,6 +258,12 @@ TEST_P(PackagedWeights, WhatATrainingStepMayNotDo) {
   };
   expect_error([&] { export_package(step, std::tuple(x), path("adam.pt2"), {.weights = GetParam(), .training_step = true}); },
                "does not do the same in each call");
+  const auto decays = [&](const torch::Tensor& t) {
+    for (auto& group : adam.param_groups()) group.options().set_lr(group.options().get_lr() * 0.9);
+    return step(t);
+  };
+  expect_error([&] { export_package(decays, std::tuple(x), path("adam.pt2"), {.training_step = true, .optimizers = {&adam}}); },
+               "it changes an optimizer's options");
   const auto named_twice = [&](const torch::Tensor& t) { return net->forward(t); };
   const NamedTensors names{{"w", net->weight}, {"w", net->bias}};
   expect_error<c10::ValueError>(

@@ -65,9 +65,15 @@ struct ExportOptions {
   /// The function may write tensors that are no arguments: parameters and an optimizer's
   /// state, statistics of batch norm. The package writes its weights then, in place. Grad mode
   /// is on, and the function runs until it has done the same twice in a row, two to four times,
-  /// and trains so often. An optimizer whose numbers change with each step (Adam's
-  /// bias correction, a schedule) cannot be exported.
+  /// and trains so often. A number that changes with each step is an error, but for those of
+  /// `optimizers`.
   bool training_step = false;
+  /// libtorch's optimizers that a training step runs, once each (SGD, Adam, AdamW, Adagrad,
+  /// RMSprop). The package counts their steps, in weights called `optimizer_step`, and computes
+  /// from them what changes with each: Adam's bias corrections, Adagrad's decay. Options stay
+  /// what they are, the learning rate with them. What an optimizer keeps for a parameter that
+  /// has a name is called by it and libtorch's name: `fc.weight_exp_avg`.
+  std::vector<torch::optim::Optimizer*> optimizers = {};
 };
 
 namespace detail {

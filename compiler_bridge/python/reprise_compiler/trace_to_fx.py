@@ -229,9 +229,9 @@ _VIEWS_AS_ANOTHER_DTYPE = {
 
 @dataclass(frozen=True)
 class _NumberOnTheDevice:
-    """An argument that is the number in an input, a tensor on the GPU."""
+    """An argument that is the number in `tensor`, which is on the GPU."""
 
-    input: int
+    tensor: Node
 
 
 class _GraphBuilder:
@@ -241,7 +241,7 @@ class _GraphBuilder:
         self.on_cpu = torch.device(trace["device"]).type == "cpu"
         self.graph = Graph()
         self.values: dict[int, Node] = {}
-        self.scalars: dict[int, Node] = {}
+        self.numbers: dict[Node, Node] = {}  # of tensors without dimensions
         # Of each view: the input or result whose storage it shows.
         self.bases: dict[Node, Node] = {}
         # Overlapping views and views of them: of `_OVERLAPPING_VIEWS`, and others.
@@ -298,7 +298,7 @@ class _GraphBuilder:
         if self.on_cpu:
             for k, spec in enumerate(self.trace["inputs"]):
                 if spec["kind"] == "scalar":
-                    self.scalar(k)
+                    self.number(self.values[k])
         for index, step in enumerate(self.trace["steps"]):
             try:
                 self.add_step(step)
@@ -319,7 +319,7 @@ class _GraphBuilder:
         keywords: dict[str, Any] = {}
         for parameter, argument in zip(schema.arguments, step["args"]):
             value = self.argument(argument)
-            if argument is not None and "scalar" in argument and _is_float(parameter):
+            if argument is not None and not argument.keys().isdisjoint(("scalar", "number")) and _is_float(parameter):
                 # A number whose schema is `Scalar` becomes a symbol; one that
                 # is a C++ double in it has no symbolic form.
                 raise TraceError(f"`{parameter.name}` is a float and cannot be an input")
@@ -375,14 +375,18 @@ class _GraphBuilder:
             raise TraceError(str(error)) from None
 
     def scalar(self, k: int) -> Node:
-        """The number that input `k` holds, as a symbol."""
-        if k not in self.scalars:
-            if k >= len(self.trace["inputs"]) or self.trace["inputs"][k]["kind"] != "scalar":
-                raise TraceError(f"input {k} is no scalar")
-            self.scalars[k] = self.graph.call_function(
-                torch.ops.aten._local_scalar_dense.default, (self.values[k],)
+        """Input `k`, which holds a number."""
+        if k >= len(self.trace["inputs"]) or self.trace["inputs"][k]["kind"] != "scalar":
+            raise TraceError(f"input {k} is no scalar")
+        return self.values[k]
+
+    def number(self, tensor: Node) -> Node:
+        """The number that a tensor without dimensions holds, as a symbol."""
+        if tensor not in self.numbers:
+            self.numbers[tensor] = self.graph.call_function(
+                torch.ops.aten._local_scalar_dense.default, (tensor,)
             )
-        return self.scalars[k]
+        return self.numbers[tensor]
 
     def with_numbers_on_the_device(
         self, op: Any, positional: list[Any], keywords: dict[str, Any]
@@ -400,10 +404,10 @@ class _GraphBuilder:
             if not isinstance(value, _NumberOnTheDevice):
                 return value
             if function is None or not tensors:
-                return self.scalar(value.input)
+                return self.number(value.tensor)
             # The result has the dtype of the last tensor: `where` has its condition first.
             return self.graph.call_function(
-                device_scalars.number, (self.values[value.input], tensors[-1 if function.last else 0])
+                device_scalars.number, (value.tensor, tensors[-1 if function.last else 0])
             )
 
         positional[:] = [resolved(value) for value in positional]
@@ -426,8 +430,8 @@ class _GraphBuilder:
         """
         if op not in _CLAMPS or not any(isinstance(b, Node) for b in positional[1:]):
             return op
-        inputs = {scalar: self.values[k] for k, scalar in self.scalars.items()}
-        positional[1:] = [inputs.get(bound, bound) for bound in positional[1:]]
+        tensors = {number: tensor for tensor, number in self.numbers.items()}
+        positional[1:] = [tensors.get(bound, bound) for bound in positional[1:]]
         return device_scalars.function_of(op).target
 
     def refuse_overlapping_writes(
@@ -522,8 +526,9 @@ class _GraphBuilder:
         match kind:
             case "value":
                 return self.value(content)
-            case "scalar":
-                return self.scalar(content) if self.on_cpu else _NumberOnTheDevice(content)
+            case "scalar" | "number":
+                tensor = self.scalar(content) if kind == "scalar" else self.value(content)
+                return self.number(tensor) if self.on_cpu else _NumberOnTheDevice(tensor)
             case "int" | "bool" | "str":
                 return content
             case "expr":
