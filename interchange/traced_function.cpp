@@ -13,7 +13,6 @@
 #include "lazy_backend/device.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/session.h"
-#include "reprise/device.h"
 #include "symint/general_trace.h"
 
 namespace reprise {
@@ -221,9 +220,9 @@ std::vector<TracedFunction::Weight> TracedFunction::weights(const NamedTensors& 
   });
   for (size_t k = 0; k < counters.size(); ++k) {
     const std::string name = counters.size() == 1 ? "optimizer_step" : c10::str("optimizer_step_", counters[k].group);
-    const auto options = at::TensorOptions(backing_device()).dtype(c10::kDouble);
+    const auto options = at::TensorOptions(backing_device_of(program->device_index)).dtype(c10::kDouble);
     weights.push_back({slots + static_cast<int64_t>(k), name, at::scalar_tensor(counters[k].count, options),
-                       /*written=*/true, /*is_parameter=*/false, /*named=*/true});
+                       /*written=*/true, /*is_parameter=*/false, /*named=*/false});
   }
   return weights;
 }

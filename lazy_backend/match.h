@@ -147,6 +147,10 @@ class Matcher {
   }
   bool match(const Arg& arg, const at::Scalar& value) {
     if (value.isFloatingPoint()) return match(arg, value.to<double>());
+    if (arg.cast != c10::ScalarType::Undefined && value.isIntegral(/*includeBool=*/true)) {
+      const auto number = value.to<int64_t>();
+      return can_hold(arg.cast, number) && match(arg, static_cast<double>(number));
+    }
     if (value.isBoolean()) return match(arg, value.to<bool>());
     if (value.isIntegral(/*includeBool=*/false)) return match(arg, value.to<int64_t>());
     return arg.kind == Arg::Kind::kConstant && match_constant(arg, c10::IValue(value));
@@ -227,13 +231,16 @@ class Matcher {
     return arg.geometry().matches(tensor);
   }
   bool match_float(const Arg& arg, double recorded, double value) {
+    const bool same = std::bit_cast<uint64_t>(recorded) == std::bit_cast<uint64_t>(value);
+    // Eager throws, which is not for a program to do.
+    if (C10_UNLIKELY(arg.cast != c10::ScalarType::Undefined) && !same && !can_hold(arg.cast, value)) {
+      return false;
+    }
     if (arg.dynamic) {
       segment_.scalars.push_back(value);
       return true;
     }
-    if (C10_LIKELY(std::bit_cast<uint64_t>(recorded) == std::bit_cast<uint64_t>(value))) {
-      return true;
-    }
+    if (C10_LIKELY(same)) return true;
     differing = true;
     return floats_may_differ_;
   }

@@ -25,6 +25,8 @@ struct Exception {
   std::vector<uint8_t> hidden_writes = {};
   int dropout_argument = -1;
   int index_argument = -1;
+  int cast_argument = -1;
+  int cast_dtype_argument = -1;
 };
 
 const std::unordered_map<std::string_view, Exception>& exceptions() {
@@ -99,6 +101,18 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
       {"aten::batch_norm_gather_stats_with_counts",
        {.constant_floats = true, .hidden_writes = {3, 4}}},
 
+      {"aten::full", {.cast_argument = 1, .cast_dtype_argument = 2}},
+      {"aten::new_full", {.cast_argument = 2, .cast_dtype_argument = 3}},
+      {"aten::full_like", {.cast_argument = 1, .cast_dtype_argument = 2}},
+      {"aten::fill.Scalar", {.cast_argument = 1}},
+      {"aten::fill_.Scalar", {.cast_argument = 1}},
+      {"aten::masked_fill.Scalar", {.cast_argument = 2}},
+      {"aten::masked_fill_.Scalar", {.cast_argument = 2}},
+      {"aten::index_fill.int_Scalar", {.cast_argument = 3}},
+      {"aten::index_fill_.int_Scalar", {.cast_argument = 3}},
+      {"aten::scatter.value", {.cast_argument = 3}},
+      {"aten::scatter_.value", {.cast_argument = 3}},
+
       // The compiler chooses its code by these numbers.
       {"aten::pow", {.constant_floats = true}},
       {"aten::pow_", {.constant_floats = true}},
@@ -169,6 +183,17 @@ bool makes_tensors(const c10::FunctionSchema& schema, const OpPolicy& policy) {
 
 }  // namespace
 
+c10::ScalarType cast_dtype(const OpPolicy& policy, c10::ArrayRef<c10::IValue> arguments) {
+  if (policy.cast_argument < 0) return c10::ScalarType::Undefined;
+  if (policy.cast_dtype_argument >= 0) {
+    const c10::IValue& dtype = arguments[static_cast<size_t>(policy.cast_dtype_argument)];
+    if (dtype.isInt()) return dtype.toScalarType();
+  }
+  // Without either, the number's own kind decides.
+  const bool tensor = arguments[0].isTensor() && arguments[0].toTensor().defined();
+  return tensor ? arguments[0].toTensor().scalar_type() : c10::ScalarType::Undefined;
+}
+
 OpPolicy policy_of(const c10::OperatorHandle& op) {
   OpPolicy policy;
   const auto& schema = op.schema();
@@ -209,6 +234,8 @@ OpPolicy policy_of(const c10::OperatorHandle& op) {
     policy.host_results = exception->host_results;
     policy.dropout_argument = exception->dropout_argument;
     policy.index_argument = exception->index_argument;
+    policy.cast_argument = exception->cast_argument;
+    policy.cast_dtype_argument = exception->cast_dtype_argument;
     policy.first_hidden_write = policy.writes.size();
     policy.writes.append(exception->hidden_writes.begin(), exception->hidden_writes.end());
     for (size_t k = 0; k < arguments.size(); ++k) {

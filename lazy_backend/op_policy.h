@@ -37,6 +37,11 @@ struct OpPolicy {
   bool host_tensors = false;
   /// Floats of this op are never made inputs of a program.
   bool constant_floats = false;
+  /// The index of a number that the op casts to its tensor's dtype, so that an integer or a
+  /// Boolean does what the float of its value does, and can be such an input. -1: none.
+  int cast_argument = -1;
+  /// The index of that dtype where it is an argument; the first argument's where that is none.
+  int cast_dtype_argument = -1;
   /// It may return tensors of the host, which are then brought to the backing device.
   bool host_results = false;
   /// Indices of the arguments that it writes, from the schema and, for ops whose
@@ -64,6 +69,9 @@ struct OpPolicy {
   /// Made when it is first asked for, by the session that keeps this.
   mutable std::shared_ptr<const ShapeInference> shapes;
 };
+
+/// To what a call casts its number; `Undefined` where nothing is known of that.
+c10::ScalarType cast_dtype(const OpPolicy& policy, c10::ArrayRef<c10::IValue> arguments);
 
 /// Computes the policy of an op; callers keep it.
 OpPolicy policy_of(const c10::OperatorHandle& op);

@@ -19,6 +19,9 @@ using Kind = OptimizerNumber::Kind;
 
 constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 
+/// In place of a count that a group's parameters do not share.
+constexpr int64_t kUneven = -1;
+
 /// By `OptimizerNumber::Kind`; `kNone` where there is no such number.
 struct Values {
   double update = kNone, decay = kNone, root = kNone;
@@ -207,13 +210,14 @@ class StepNumbers {
       const auto taken = common(is.steps, stepped);
       const bool known = taken && !(counts && stepped.empty());
       values_.push_back(known ? rule->values(*is.options, *taken) : Values());
-      counts_.push_back(known ? *taken : 0);
+      counts_.push_back(!taken ? kUneven : known ? *taken : 0);
     }
     if (!same_groups) problem = "it changes an optimizer's parameters";
   }
 
-  /// What `number` is, which `op` takes.
-  std::optional<OptimizerNumber> find(const Step& op, double number) const {
+  /// What `number` is, which step `k` of the run takes.
+  std::optional<OptimizerNumber> find(size_t k, double number) const {
+    const Step& op = *run_.steps[k];
     // What a parameter takes belongs to its group.
     for (const uint32_t slot : op.written) {
       const auto group = slot < run_.inputs.size() ? group_of_.find(run_.inputs[slot].get()) : group_of_.end();
@@ -221,6 +225,11 @@ class StepNumbers {
       for (const Kind kind : {Kind::kUpdate, Kind::kDecay}) {
         if (values_[group->second].of(kind) == number) return OptimizerNumber{kind, group->second};
       }
+      return std::nullopt;
+    }
+    // Of other numbers, the root is what a root is divided by: it becomes 1 in the end, which
+    // many are.
+    if (k == 0 || op.op.schema().name() != "aten::div" || run_.steps[k - 1]->op.schema().name() != "aten::sqrt") {
       return std::nullopt;
     }
     // Groups with the same root now have the same for ever: options and counters are watched.
@@ -250,10 +259,10 @@ OptimizerStep step_of(const FunctionTrace& run, const OptimizerState& before, Op
   if (!problem.empty()) return step;
   step.stepped = std::move(numbers.stepped());
   step.any_rate.resize(after.groups.size());
-  for (const StepPtr& op : run.steps) {
-    for (const Arg& arg : op->args) {
+  for (size_t k = 0; k < run.steps.size(); ++k) {
+    for (const Arg& arg : run.steps[k]->args) {
       if (!arg.dynamic || step.numbers.size() == run.scalars.size()) continue;
-      step.numbers.push_back(numbers.find(*op, run.scalars[step.numbers.size()]));
+      step.numbers.push_back(numbers.find(k, run.scalars[step.numbers.size()]));
     }
   }
   step.numbers.resize(run.scalars.size());
@@ -270,12 +279,15 @@ CountedNumbers counted_numbers(const FunctionTrace& run, const OptimizerState& b
                                const OptimizerState& after, std::string& problem) {
   CountedNumbers out;
   StepNumbers numbers(run, before, after, problem);
+  for (size_t g = 0; problem.empty() && g < numbers.counts().size(); ++g) {
+    if (numbers.counts()[g] == kUneven) problem = "parameters of one group have taken different numbers of steps";
+  }
   if (!problem.empty()) return out;
   for (size_t k = 0; k < run.steps.size(); ++k) {
     const Step& op = *run.steps[k];
     for (size_t a = 0; a < op.args.size(); ++a) {
       if (!op.args[a].is_float() || !may_be_dynamic(op, a)) continue;
-      const auto number = numbers.find(op, op.args[a].number());
+      const auto number = numbers.find(k, op.args[a].number());
       if (!number) continue;
       const auto& group = after.groups[number->group];
       const Rule& rule = *rule_of(*group.optimizer);

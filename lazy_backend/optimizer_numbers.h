@@ -104,7 +104,7 @@ struct CountedNumbers {
     CountedNumber number;
   };
   std::vector<Place> places;    ///< in the order of the trace
-  std::vector<int64_t> counts;  ///< by group, after the run; 0 where its parameters' differ
+  std::vector<int64_t> counts;  ///< by group, after the run; 0 where nobody counts
 };
 /// `problem` as for `step_of`.
 CountedNumbers counted_numbers(const FunctionTrace& run, const OptimizerState& before,

@@ -483,6 +483,17 @@ void Session::settle_others(c10::ArrayRef<c10::IValue> arguments) {
   });
 }
 
+namespace {
+
+/// An integer or a Boolean that is cast to `dtype`, as the float that does the same.
+void make_float(c10::IValue& number, c10::ScalarType dtype) {
+  if (!number.isBool() && !number.isInt()) return;
+  const int64_t value = number.isBool() ? static_cast<int64_t>(number.toBool()) : number.toInt();
+  if (can_hold(dtype, value)) number = static_cast<double>(value);
+}
+
+}  // namespace
+
 void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto arguments = call_arguments(op, *stack);
   settle_others(arguments);
@@ -492,6 +503,11 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     symbolic_.take_numbers({stack->data() + (stack->size() - arguments.size()), arguments.size()});
   }
   const OpPolicy& how = policy(op);
+  // Where sizes are marked, an integer may be one of them.
+  if (C10_UNLIKELY(how.cast_argument >= 0) && !any_symbolic()) {
+    make_float(stack->end()[how.cast_argument - static_cast<int>(arguments.size())],
+               cast_dtype(how, arguments));
+  }
   if (C10_UNLIKELY(how.counts_versions)) {
     for (const uint8_t k : how.writes) {
       visit_tensors(arguments.slice(k, 1), [](const at::Tensor& tensor) {

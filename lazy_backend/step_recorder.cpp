@@ -156,6 +156,12 @@ void StepRecorder::take_arguments(torch::jit::Stack& stack) {
   for (size_t k = 0; k < declared.size(); ++k) {
     step_->args.push_back(take(stack[base + k], declared[k], static_cast<int>(k)));
   }
+  if (policy_.cast_argument >= 0) {
+    Arg& number = step_->args[static_cast<size_t>(policy_.cast_argument)];
+    if (number.kind == Arg::Kind::kDouble) {
+      number.cast = cast_dtype(policy_, c10::ArrayRef<c10::IValue>(stack.data() + base, declared.size()));
+    }
+  }
   argument_tensors_ = tensors_.size();
   size_t writes = policy_.writes.size();
   if (policy_.training_argument >= 0 && writes > policy_.first_hidden_write) {

@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <compare>
 #include <cstring>
+#include <limits>
 
 namespace reprise {
 
@@ -242,6 +244,38 @@ bool may_be_dynamic(const Step& step, size_t k) {
   if (arg.kind != Arg::Kind::kDouble) return false;
   const auto type = without_optional(step.op.schema().arguments()[k].type());
   return type->kind() == c10::TypeKind::NumberType;
+}
+
+namespace {
+
+template <class T>
+bool within(double number) {
+  return number >= static_cast<double>(std::numeric_limits<T>::lowest()) &&
+         number <= static_cast<double>(std::numeric_limits<T>::max());
+}
+
+}  // namespace
+
+bool can_hold(c10::ScalarType dtype, double number) {
+  switch (dtype) {
+    case c10::ScalarType::Bool: return true;
+    case c10::ScalarType::Byte: return within<uint8_t>(number);
+    case c10::ScalarType::Char: return within<int8_t>(number);
+    case c10::ScalarType::Short: return within<int16_t>(number);
+    case c10::ScalarType::Int: return within<int32_t>(number);
+    // The largest of them is no float64.
+    case c10::ScalarType::Long: return number >= -0x1p63 && number < 0x1p63;
+    case c10::ScalarType::Half: return !std::isfinite(number) || within<c10::Half>(number);
+    case c10::ScalarType::BFloat16: return !std::isfinite(number) || within<c10::BFloat16>(number);
+    case c10::ScalarType::Float: return !std::isfinite(number) || within<float>(number);
+    case c10::ScalarType::Double: return true;
+    default: return false;
+  }
+}
+
+bool can_hold(c10::ScalarType dtype, int64_t number) {
+  constexpr int64_t kMost = int64_t{1} << std::numeric_limits<double>::digits;
+  return number >= -kMost && number <= kMost && can_hold(dtype, static_cast<double>(number));
 }
 
 bool is_amount(const c10::Argument& declared) {

@@ -79,6 +79,9 @@ struct Arg {
   bool first_use = false;
   /// kDouble and kNumber: any value will do; the value is an input of the program.
   bool dynamic = false;
+  /// kDouble: what the op casts it to (`OpPolicy::cast_argument`), so that an integer or a
+  /// Boolean of its value does the same; otherwise `Undefined`.
+  c10::ScalarType cast = c10::ScalarType::Undefined;
   uint32_t slot = 0;
   union {
     int64_t i = 0;
@@ -216,6 +219,11 @@ bool may_be_dynamic(const Step& step, size_t k);
 /// Whether an integer argument is a size, a position or a count: not the name of a
 /// dimension, nor a dtype, a layout or a memory format, which are integers when boxed.
 bool is_amount(const c10::Argument& declared);
+
+/// Whether tensors of `dtype` can be filled with `number`: eager throws where they cannot. Of
+/// integers, all that pass are the same as floats. False for dtypes of which that is not known.
+bool can_hold(c10::ScalarType dtype, double number);
+bool can_hold(c10::ScalarType dtype, int64_t number);
 
 /// `step` with those floats made dynamic that are others in `other`, a step that is alike but
 /// for floats. Null where one of them cannot be.

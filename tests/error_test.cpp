@@ -1,5 +1,6 @@
 // Bad input: libtorch's own error, or one in its style, at the line where eager
 // raises it; and the program goes on with values as eager would have.
+#include <functional>
 #include <limits>
 #include <string>
 
@@ -154,6 +155,35 @@ TEST_F(Errors, ASingularMatrixIsOneInAnyStep) {
       mark_step();
       wait_for_compiles();
     }
+  }
+}
+
+/// A number that changes is an input of a program; one that eager refuses never gets there.
+TEST_F(Errors, ANumberThatADtypeCannotHoldIsRefusedAtItsLine) {
+  const auto run = [](torch::Device device, double factor) {
+    const auto whole = torch::zeros({3}, torch::TensorOptions(device).dtype(torch::kByte));
+    const auto half = torch::zeros({3}, torch::TensorOptions(device).dtype(torch::kHalf));
+    std::vector<std::string> said;
+    const auto note = [&](const std::function<torch::Tensor()>& call) {
+      torch::Tensor made;
+      const std::string message = message_of([&] { made = call(); });
+      said.push_back(message.substr(0, message.find('\n')));
+      if (made.defined()) said.back() += c10::str(made.to(torch::kCPU, torch::kDouble));
+    };
+    for (int k = 0; k < 8; ++k) {
+      note([&] { return whole.clone().fill_(50 * k); });
+      note([&] { return whole.clone().fill_(50 * factor * k); });
+      note([&] { return torch::full({2}, -20 * k, whole.options()); });
+      note([&] { return whole.masked_fill(whole == 0, 100 - 60 * k); });
+      note([&] { return half.clone().fill_(20000 * k); });
+      if (device.is_lazy()) mark_step();
+    }
+    return said;
+  };
+  for (const bool compile : {false, true}) {
+    begin_test(compile);
+    const auto lazy = run(torch::kLazy, 1.5), eager = run(eager_device(), 1.5);
+    for (size_t k = 0; k < eager.size(); ++k) EXPECT_EQ(lazy[k], eager[k]) << "call " << k;
   }
 }
 

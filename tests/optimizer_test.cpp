@@ -201,5 +201,46 @@ TEST_F(Optimizers, AGradientScaleThatChangesIsAnInput) {
   expect_same_bits(run(torch::kLazy), run(eager_device()));
 }
 
+/// Flags and integers that change, given to ops that cast them to their tensor's dtype.
+TEST_F(Optimizers, FlagsAndIntegersThatTensorsAreFilledWithAreInputs) {
+  const auto run = [](torch::Device device, const std::function<void(int)>& each) {
+    torch::manual_seed(1);
+    const auto x = random(device, {4, 3});
+    Tensors results;
+    for (int k = 0; k < 12; ++k) {
+      const bool flag = k % 3 == 1;
+      const auto mask = torch::zeros({4, 3}, x.options().dtype(torch::kBool)).fill_(flag);
+      mask[1].fill_(!flag);
+      const auto counts = torch::full({3}, 5 + k, x.options().dtype(torch::kLong));
+      const auto bytes = torch::zeros({3}, x.options().dtype(torch::kByte)).masked_fill_(counts > 7, k);
+      const auto halves = (x + 0.5 * k).to(torch::kHalf).masked_fill(mask, flag);
+      const auto rows = counts.index_fill(0, torch::zeros({1}, counts.options()), 3 * k);
+      const auto spread = counts.scatter(0, torch::ones({1}, counts.options()), k - 9);
+      results = {mask, counts, bytes, halves, rows, spread, torch::where(mask, x, -x)};
+      each(k);
+    }
+    return results;
+  };
+  for (const bool compile : {false, true}) {
+    SCOPED_TRACE(compile);
+    begin_test(compile);
+    const Tensors eager = run(eager_device(), [](int) {});
+    Statistics settled;
+    const Statistics before = statistics();
+    const Tensors lazy = run(torch::kLazy, [&](int k) {
+      mark_step();
+      if (k == 5) wait_for_compiles();
+      if (k == 6) settled = statistics();
+    });
+    EXPECT_EQ(since(settled).ops_recorded, 0u) << explain();
+    EXPECT_EQ(since(settled).programs_requested, 0u) << explain();
+    if (compile) {
+      EXPECT_GE(since(settled).segments_replayed, 4u) << explain();
+      EXPECT_LE(since(before).programs_requested, 3u) << explain();
+    }
+    for (size_t k = 0; k < eager.size(); ++k) expect_same_bits(lazy[k], eager[k]);
+  }
+}
+
 }  // namespace
 }  // namespace reprise::test

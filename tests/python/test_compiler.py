@@ -323,6 +323,16 @@ class Arguments(CompilerTest):
             self.check(f, [torch.randn(2, 3, dtype=torch.float64)])
         self.assertEqual(attempts.call_count, 2)
 
+    def test_what_is_joined_is_written_later(self):
+        def f(x, i):
+            y = x.amax(0)
+            z = torch.nn.functional.layer_norm(y, y.shape)
+            joined = torch.cat([(y.mean() > 0).view(-1), z])
+            z.index_add_(0, i, torch.ones_like(z[i]))
+            return joined, joined > z.repeat(2)[:5]
+
+        self.check(f, [torch.randn(3, 4), torch.tensor([0, 2, 0])])
+
     def test_a_masked_number_that_is_used_again(self):
         def f(k):
             tail = k[2:]
@@ -367,7 +377,22 @@ class Arguments(CompilerTest):
     def test_integers_take_numbers_that_change(self):
         def f(x, flags, number):
             x.t().fill_(number)
-            return torch.addcmul(x, x, x, value=number), flags.clone().fill_(number) & flags
+            i = torch.zeros_like(x[0, :1])
+            return (
+                torch.addcmul(x, x, x, value=number),
+                flags.clone().fill_(number) & flags,
+                x.masked_fill(flags, number),
+                flags.masked_fill(flags, number),
+                aten.masked_fill_(x + 1, flags, number),
+                x.index_fill(1, i, number),
+                flags.index_fill(0, i, number),
+                torch.scatter(x, 0, i[None], number),
+                torch.scatter(flags, 0, i[None], number),
+                aten.full([2], number, dtype=torch.int64),
+                aten.full([2], number, dtype=torch.bool),
+                aten.full_like(flags, number),
+                aten.new_full(x, [3], number),
+            )
 
         inputs = [torch.arange(4).reshape(2, 2), torch.ones(2, 2, dtype=torch.bool)]
         self.check(f, inputs, scalars=[2.75], other_scalars=[-1.5], tolerance=0)
@@ -832,6 +857,8 @@ class NumbersOnTheDevice(unittest.TestCase):
         def given(value):
             if not isinstance(value, float):
                 return value
+            if function.casts:
+                return torch.tensor(value, dtype=torch.float64)
             return device_scalars.number(torch.tensor(value, dtype=torch.float64), other)
 
         actual = function.target(
@@ -854,6 +881,10 @@ class NumbersOnTheDevice(unittest.TestCase):
                 self.check(aten.masked_fill.Scalar, x, mask, 2.0)
                 self.check(aten.where.ScalarOther, mask, x, 0.25)
                 self.check(aten.fill_.Scalar, x, 3.0)
+                self.check(aten.index_fill_.int_Scalar, x, 0, torch.tensor([2]), 4.0)
+                self.check(aten.scatter.value, x, 0, torch.tensor([1, 0]), 5.0)
+                self.check(aten.new_full.default, x, [2, 2], 6.0)
+                self.check(aten.full_like.default, x, 1.0, dtype=torch.bool)
                 if dtype.is_floating_point:
                     self.check(aten.add.Tensor, x, y, alpha=0.3)
                     self.check(aten.sub_.Tensor, x, y, alpha=0.3)
@@ -863,6 +894,11 @@ class NumbersOnTheDevice(unittest.TestCase):
                     self.check(aten.lerp.Scalar, x, y, 0.7)
                     self.check(aten.leaky_relu.default, x, 0.2)
 
+    def test_large_integers_are_exact(self):
+        x = torch.tensor([1, -2, 3])
+        self.check(aten.fill_.Scalar, x, 123456789.0)
+        self.check(aten.masked_fill.Scalar, x, x > 0, 123456789.0)
+
     def test_without_dimensions_the_dtype_stays(self):
         x = torch.tensor(3.0, dtype=torch.float16)
         self.check(aten.mul.Scalar, x, 0.1)
@@ -870,6 +906,7 @@ class NumbersOnTheDevice(unittest.TestCase):
     def test_what_rounds_has_none(self):
         self.assertIsNone(device_scalars.function_of(aten.div.Scalar_mode))
         self.assertIsNone(device_scalars.function_of(aten.pow.Tensor_Scalar))
+        self.assertIsNone(device_scalars.function_of(aten.scatter.value_reduce))
 
 
 class Failures(CompilerTest):

@@ -17,6 +17,7 @@ import torch
 class Function:
     target: Callable[..., torch.Tensor]
     last: bool = False  # the number goes with the last tensor, not the first one
+    casts: bool = False  # the number is cast to the tensor's dtype, and nothing is promoted
 
 
 def number(scalar: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -55,6 +56,27 @@ def _fill(x: Any, value: Any) -> torch.Tensor:
     return value.to(x.dtype).expand(x.shape)
 
 
+def _full(size: Any, value: Any, dtype: Any = None, **_: Any) -> torch.Tensor:
+    return value.to(dtype).expand(size).clone()
+
+
+def _new_full(x: Any, size: Any, value: Any, dtype: Any = None, **_: Any) -> torch.Tensor:
+    return _full(size, value, dtype or x.dtype)
+
+
+def _full_like(x: Any, value: Any, dtype: Any = None, **keywords: Any) -> torch.Tensor:
+    zeros = torch.zeros_like(x, dtype=dtype, **keywords)
+    return zeros + value.to(zeros.dtype)
+
+
+def _index_fill(x: Any, dim: Any, index: Any, value: Any) -> torch.Tensor:
+    return torch.index_fill(x, dim, index, value.to(x.dtype))
+
+
+def _scatter(x: Any, dim: Any, index: Any, value: Any) -> torch.Tensor:
+    return torch.scatter(x, dim, index, value.to(x.dtype).expand(index.shape))
+
+
 def _leaky_relu(x: Any, slope: Any = 0.01) -> torch.Tensor:
     return torch.where(x > 0, x, x * slope)
 
@@ -88,8 +110,12 @@ _ARITHMETIC = {
     "addcmul": _addcmul, "addcdiv": _addcdiv, "lerp": _lerp, "masked_fill": _masked_fill,
     "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp_max, "fill": _fill,
     "leaky_relu": _leaky_relu, "leaky_relu_backward": _leaky_relu_backward,
+    "index_fill": _index_fill, "scatter": _scatter,
 }  # fmt: skip
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+_CASTS = ("fill", "masked_fill", "index_fill", "scatter")
 
 
 def _out_of_place(name: str, function: Callable[..., torch.Tensor]) -> Function:
@@ -100,7 +126,7 @@ def _out_of_place(name: str, function: Callable[..., torch.Tensor]) -> Function:
         return result.to(x.dtype) if small and result.dtype == torch.float32 else result
 
     target.__name__ = f"{name}_with_tensor"
-    return Function(target)
+    return Function(target, casts=name in _CASTS)
 
 
 def _in_place(name: str, function: Callable[..., torch.Tensor]) -> Function:
@@ -108,7 +134,7 @@ def _in_place(name: str, function: Callable[..., torch.Tensor]) -> Function:
         return x.copy_(function(x, *args, **keywords))
 
     target.__name__ = f"{name}_with_tensor"
-    return Function(target)
+    return Function(target, casts=name.removesuffix("_") in _CASTS)
 
 
 _FUNCTIONS = (
@@ -116,9 +142,14 @@ _FUNCTIONS = (
     | {f"{name}_": _in_place(f"{name}_", f) for name, f in _ARITHMETIC.items()}
     | {name: Function(getattr(torch, name)) for name in _COMPARISONS}
     | {"where": Function(torch.where, last=True)}
+    | {
+        "full": Function(_full, casts=True),
+        "new_full": Function(_new_full, casts=True),
+        "full_like": Function(_full_like, casts=True),
+    }
 )
-# Which round, and which have a list of numbers.
-_WITHOUT = ("Tensor_mode", "Scalar_mode", "ScalarList")
+# Which round, have a list of numbers, or do more than to set them.
+_WITHOUT = ("Tensor_mode", "Scalar_mode", "ScalarList", "value_reduce", "out")
 
 
 def function_of(op: Any) -> Function | None:

@@ -40,8 +40,11 @@ def split_complex_numbers(graph: Graph) -> None:
                 filled = _filled(graph, node.target, node.args[0], node.args[1], value)
                 node.replace_all_uses_with(filled)
                 graph.erase_node(node)
-            elif (op := _with_tensors(node.target)) is not None:
-                number = _zero_dimensional(node)
+            elif (op := _with_tensors(node)) is not None:
+                other = next(a.meta["val"] for a in node.args if isinstance(a, Node))
+                with other.fake_mode:
+                    dtype = torch.result_type(other, 1j)
+                    number = torch.empty((), dtype=dtype, device=other.device)
                 node.args = tuple(
                     _filled(graph, _aten.full.default, [], a, number) if type(a) is complex else a
                     for a in node.args
@@ -63,17 +66,19 @@ def _filled(graph: Graph, op: Any, first: Any, number: complex, value: torch.Ten
     return whole
 
 
-def _with_tensors(op: Any) -> Any:
-    """The op that takes a tensor where `op` takes a number: itself, where it takes either."""
-    name = getattr(op, "_overloadname", None)
-    return getattr(op.overloadpacket, "Tensor", None) if name == "Scalar" else op
-
-
-def _zero_dimensional(user: Node) -> torch.Tensor:
-    """A fake tensor that takes part in `user` as a complex number does."""
-    other = next(a.meta["val"] for a in user.args if isinstance(a, Node))
-    wide = other.dtype in (torch.float64, torch.complex128)
-    with other.fake_mode:
-        return torch.empty(
-            (), dtype=torch.complex128 if wide else torch.complex64, device=other.device
-        )
+def _with_tensors(node: Node) -> Any:
+    """The op that takes a tensor where `node` has a complex number: its own, where it takes
+    either. None where there is none, nor a tensor to go by.
+    """
+    op = node.target
+    if getattr(op, "_overloadname", None) == "Scalar":
+        op = getattr(op.overloadpacket, "Tensor", None)
+    schema = getattr(op, "_schema", None)
+    if schema is None or not any(isinstance(a, Node) for a in node.args):
+        return None
+    takes_tensors = all(
+        isinstance(parameter.type, torch.TensorType)
+        for parameter, a in zip(schema.arguments, node.args)
+        if type(a) is complex
+    )
+    return op if takes_tensors else None

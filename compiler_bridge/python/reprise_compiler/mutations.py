@@ -31,6 +31,26 @@ def copy_old_values_first(graph: Graph) -> None:
         written.add(destination)
 
 
+def is_written(node: Node) -> bool:
+    """Whether some op writes the tensor that a node makes, or one over the same storage."""
+    seen = [_shown_by(node)]
+    for shown in seen:
+        for user in shown.users:
+            if _writes(user, shown):
+                return True
+            if user.op == "call_function" and _is_view(user) and user not in seen:
+                seen.append(user)
+    return False
+
+
+def _writes(user: Node, tensor: Node) -> bool:
+    schema = getattr(user.target, "_schema", None)
+    return schema is not None and any(
+        parameter.alias_info is not None and parameter.alias_info.is_write and argument is tensor
+        for parameter, argument in zip(schema.arguments, user.args)
+    )
+
+
 def _shown_by(node: Node) -> Node:
     """The input that a view, or a view of a view, shows."""
     while isinstance(node, Node) and node.op == "call_function" and _is_view(node):

@@ -45,7 +45,7 @@ from torch._inductor.virtualized import V
 from torch.utils import _traceback
 from torch.utils._ordered_set import OrderedSet
 
-from . import loop_invariants, vec_isa
+from . import loop_invariants, mutations, vec_isa
 from .toolchain import MODEL_DECLARATION, Toolchain
 
 
@@ -104,6 +104,7 @@ def _patches(toolchain: Toolchain | None) -> Iterator[tuple[Any, str, Any]]:
     yield lowering.lowerings, torch.ops.prims.rev.default, _rev
     yield lowering.lowerings, _pad, _constant_pad_nd
     yield lowering, "to_dtype_bitcast", _to_dtype_bitcast
+    yield lowering.lowerings, _cat, _cat_of_copies
     if _TORCH < (2, 15):
         yield serialize.GraphModuleSerializer, "serialize_inputs", _serialize_inputs
     else:
@@ -256,6 +257,24 @@ _stock_rev = lowering.lowerings[torch.ops.prims.rev.default]
 def _rev(x, dims):
     """A number is its own reverse; the stock lowering looks for its dimension."""
     return _stock_rev(x, dims if x.get_size() else [])
+
+
+_cat = torch.ops.aten.cat.default
+_stock_cat = lowering.lowerings[_cat]
+
+
+def _cat_of_copies(inputs, dim=0):
+    """Copies what is written elsewhere. The stock lowering has the inputs computed in the
+    memory of the result, where a scatter into one of either changes the other (torch
+    2.11.0: `y = x * 2; z = torch.cat([x, y]); y.index_add_(...)`).
+    """
+    node = V.graph.current_node
+    all_written = mutations.is_written(node)
+    inputs = [
+        lowering.clone(value) if all_written or mutations.is_written(given) else value
+        for value, given in zip(inputs, node.args[0], strict=True)
+    ]
+    return _stock_cat(inputs, dim)
 
 
 _stock_to_dtype_bitcast = lowering.to_dtype_bitcast

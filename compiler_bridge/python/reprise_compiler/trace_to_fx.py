@@ -183,16 +183,33 @@ _SUB_AS_ADD = {
 }
 
 
-def _with_numbers_of_its_dtype(op: Any) -> Any:
-    """Eager casts these ops' numbers to the dtype in which it computes. Decompositions
-    multiply integers by the floats that they are, make floats of a filled tensor, or refuse
-    (torch 2.11.0).
+_FACTORIES = (_aten.full.default, _aten.new_full.default, _aten.full_like.default)
+_OVERLOADS_WITH_TENSORS = {"Scalar": "Tensor", "int_Scalar": "int_Tensor", "value": "src"}
+
+
+def _with_numbers_of_its_dtype(op: Any, promotes: bool) -> Any:
+    """Eager casts these ops' numbers to the dtype in which it computes: that of the first
+    tensor, or the one to which all are promoted. Decompositions multiply integers by the
+    floats that they are, make floats of a filled tensor, or refuse (torch 2.11.0).
     """
 
     def call(*given: Any, **numbers: Any) -> torch.Tensor:
-        dtypes = {value.dtype for value in given if isinstance(value, torch.Tensor)}
-        if any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
+        tensors = [value for value in given if isinstance(value, torch.Tensor)]
+        dtypes = {value.dtype for value in (tensors if promotes else tensors[:1])}
+        if numbers.get("dtype") is not None:
+            dtypes = {numbers["dtype"]}
+        if not dtypes or any(d.is_floating_point or d.is_complex for d in dtypes):
             return op(*given, **numbers)
+        values = [*given, *numbers.values()]
+        if dtypes == {torch.bool} and any(isinstance(value, torch.SymFloat) for value in values):
+            # Conditions that are symbols make no numbers for most ops.
+            if op in _FACTORIES:
+                return op(*given, **numbers | {"dtype": torch.float64}) != 0
+            overload = _OVERLOADS_WITH_TENSORS[op._overloadname]
+            flag = torch.full((), given[-1], dtype=torch.float64, device=tensors[0].device) != 0
+            # `scatter` takes as many elements as positions.
+            flags = flag.expand(given[2].shape) if overload == "src" else flag
+            return getattr(op.overloadpacket, overload)(*given[:-1], flags)
 
         def cast(value: Any) -> Any:
             if not isinstance(value, float | torch.SymFloat):
@@ -205,17 +222,15 @@ def _with_numbers_of_its_dtype(op: Any) -> Any:
 
 
 _NUMBERS_ARE_CAST = {
-    op: _with_numbers_of_its_dtype(op)
-    for op in (
-        *(
-            getattr(_aten, name + suffix).default
-            for name in ("addmm", "addmv", "addbmm", "baddbmm", "addcmul")
-            for suffix in ("", "_")
-        ),
-        _aten.fill.Scalar,
-        _aten.fill_.Scalar,
+    op: _with_numbers_of_its_dtype(op, promotes=name == "addcmul")
+    for name, overload in (
+        *((name, "default") for name in ("addmm", "addmv", "addbmm", "baddbmm", "addcmul")),
+        *((name, "Scalar") for name in ("fill", "masked_fill")),
+        ("index_fill", "int_Scalar"),
+        ("scatter", "value"),
     )
-}
+    for op in (getattr(getattr(_aten, name + suffix), overload) for suffix in ("", "_"))
+} | {op: _with_numbers_of_its_dtype(op, promotes=False) for op in _FACTORIES}
 
 # Views that may show an element in several places.
 _OVERLAPPING_VIEWS = {_aten.expand.default, _aten.unfold.default}
@@ -403,6 +418,8 @@ class _GraphBuilder:
         def resolved(value: Any) -> Any:
             if not isinstance(value, _NumberOnTheDevice):
                 return value
+            if function is not None and function.casts:
+                return value.tensor
             if function is None or not tensors:
                 return self.number(value.tensor)
             # The result has the dtype of the last tensor: `where` has its condition first.
@@ -413,7 +430,7 @@ class _GraphBuilder:
         positional[:] = [resolved(value) for value in positional]
         for name, value in keywords.items():
             keywords[name] = resolved(value)
-        return op if function is None or not tensors else function.target
+        return function.target if function is not None and (tensors or function.casts) else op
 
     def without_symbolic_branches(self, op: Any, keywords: dict[str, Any]) -> Any:
         """`sub` branches on whether alpha is 1 (torch 2.11.0, _refs.sub), which a
