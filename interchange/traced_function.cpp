@@ -187,9 +187,10 @@ std::string text_of(const std::vector<MarkedSize>& marks) {
 
 std::vector<TracedFunction::Weight> TracedFunction::weights(const NamedTensors& named) const {
   std::vector<Weight> weights;
-  for (size_t input = 0; input < program->inputs.size(); ++input) {
+  size_t input = 0;
+  // Its scalars are what the counters, which have their places in the trace, are there for.
+  for (; input < program->inputs.size() && program->inputs[input].kind == ProgramInput::Kind::kSlot; ++input) {
     const auto number = static_cast<int64_t>(input);
-    if (program->inputs[input].kind == ProgramInput::Kind::kScalar) break;  // counted: see below
     if (std::find(order.begin(), order.end(), number) != order.end()) continue;
     const ProgramInput& each = program->inputs[input];
     const auto& storage = run.inputs[each.index];
@@ -215,13 +216,10 @@ std::vector<TracedFunction::Weight> TracedFunction::weights(const NamedTensors& 
                 "reprise: a tensor that the exported function writes is used through two views");
     weights.push_back(std::move(weight));
   }
-  const auto slots = std::count_if(program->inputs.begin(), program->inputs.end(), [](const ProgramInput& each) {
-    return each.kind == ProgramInput::Kind::kSlot;
-  });
-  for (size_t k = 0; k < counters.size(); ++k) {
-    const std::string name = counters.size() == 1 ? "optimizer_step" : c10::str("optimizer_step_", counters[k].group);
-    const auto options = at::TensorOptions(backing_device_of(program->device_index)).dtype(c10::kDouble);
-    weights.push_back({slots + static_cast<int64_t>(k), name, at::scalar_tensor(counters[k].count, options),
+  const auto options = at::TensorOptions(backing_device_of(program->device_index)).dtype(c10::kDouble);
+  for (const StepCounter& counter : counters) {
+    const std::string name = counters.size() == 1 ? "optimizer_step" : c10::str("optimizer_step_", counter.group);
+    weights.push_back({static_cast<int64_t>(input++), name, at::scalar_tensor(counter.count, options),
                        /*written=*/true, /*is_parameter=*/false, /*named=*/false});
   }
   return weights;

@@ -31,6 +31,8 @@ struct Values {
   }
 };
 
+using Tensors = std::vector<std::pair<const char*, at::Tensor>>;
+
 /// What there is to know of a class of optimizers.
 struct Rule {
   const std::type_info& type;
@@ -42,7 +44,7 @@ struct Rule {
   /// Of a number that changes from step to step; null where none does.
   std::optional<CountedNumber> (*formula)(const optim::OptimizerOptions& options, Kind kind, uint32_t group);
   /// The tensors of a parameter's state.
-  std::vector<std::pair<const char*, at::Tensor>> (*tensors)(const optim::OptimizerParamState& state);
+  Tensors (*tensors)(const optim::OptimizerParamState& state);
 };
 
 template <class Options>
@@ -78,8 +80,6 @@ Values of_adagrad(const optim::OptimizerOptions& any, int64_t step) {
       options.lr() / (1 + static_cast<double>(step - 1) * options.lr_decay());
   return {.update = -rate};
 }
-
-using Tensors = std::vector<std::pair<const char*, at::Tensor>>;
 
 template <class Options>
 std::optional<CountedNumber> adam_formula(const optim::OptimizerOptions& any, Kind kind, uint32_t group) {

@@ -39,6 +39,7 @@ _ELEMENTS_FOR_A_TEAM = 16384
 
 
 def _before_lowering(graph: Graph) -> None:
+    """A `post_grad_custom_post_pass`."""
     copy_old_values_first(graph)
     split_complex_numbers(graph)
 

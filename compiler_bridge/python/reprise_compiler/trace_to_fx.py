@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import keyword
-import math
 import operator
 import re
 from collections.abc import Sequence
@@ -184,7 +183,6 @@ _SUB_AS_ADD = {
 
 
 _FACTORIES = (_aten.full.default, _aten.new_full.default, _aten.full_like.default)
-_OVERLOADS_WITH_TENSORS = {"Scalar": "Tensor", "int_Scalar": "int_Tensor", "value": "src"}
 
 
 def _with_numbers_of_its_dtype(op: Any, promotes: bool) -> Any:
@@ -200,23 +198,20 @@ def _with_numbers_of_its_dtype(op: Any, promotes: bool) -> Any:
             dtypes = {numbers["dtype"]}
         if not dtypes or any(d.is_floating_point or d.is_complex for d in dtypes):
             return op(*given, **numbers)
-        values = [*given, *numbers.values()]
-        if dtypes == {torch.bool} and any(isinstance(value, torch.SymFloat) for value in values):
-            # Conditions that are symbols make no numbers for most ops.
-            if op in _FACTORIES:
-                return op(*given, **numbers | {"dtype": torch.float64}) != 0
-            overload = _OVERLOADS_WITH_TENSORS[op._overloadname]
-            flag = torch.full((), given[-1], dtype=torch.float64, device=tensors[0].device) != 0
-            # `scatter` takes as many elements as positions.
-            flags = flag.expand(given[2].shape) if overload == "src" else flag
-            return getattr(op.overloadpacket, overload)(*given[:-1], flags)
+        are_flags = dtypes == {torch.bool}
+        changes = any(isinstance(v, torch.SymFloat) for v in (*given, *numbers.values()))
+        # Conditions that are symbols make no numbers for most ops: these take a tensor.
+        function = device_scalars.function_of(op) if are_flags and changes else None
 
         def cast(value: Any) -> Any:
             if not isinstance(value, float | torch.SymFloat):
                 return value
-            return value != 0 if dtypes == {torch.bool} else torch.sym_int(value)
+            if function is not None:
+                return torch.full((), value, dtype=torch.float64)
+            return value != 0 if are_flags else torch.sym_int(value)
 
-        return op(*map(cast, given), **{name: cast(value) for name, value in numbers.items()})
+        target = op if function is None else function.target
+        return target(*map(cast, given), **{name: cast(v) for name, v in numbers.items()})
 
     return call
 
