@@ -246,14 +246,7 @@ bool ProgramCheck::run_program_first(Segment& segment) {
     }
   }
   try {
-    std::vector<at::Tensor> random;
-    // A program reads them where the trace says that they lie; `clone` would close gaps.
-    for (const at::Tensor& numbers : segment.random) {
-      random.push_back(copy_lying_as(Geometry(*numbers.unsafeGetTensorImpl()),
-                                     numbers.storage().nbytes(), numbers,
-                                     numbers.device()));
-    }
-    std::vector<at::Tensor> outputs = try_program(program_, segment, random);
+    std::vector<at::Tensor> outputs = try_program(program_, segment, segment.random);
     for (Value& value : values_) value.program = scratch_->park(input(value.slot, segment));
     for (size_t k = 0; k < outputs.size(); ++k) {
       const ProgramOutput& output = program_.outputs[k];
@@ -269,6 +262,7 @@ bool ProgramCheck::run_program_first(Segment& segment) {
   for (const Value& value : values_) {
     if (value.written_input) input(value.slot, segment).copy_(value.before);
   }
+  for (size_t k = 0; k < random_.size(); ++k) segment.random[k].copy_(random_[k]);
   return !decided_;
 }
 

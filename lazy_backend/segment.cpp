@@ -41,6 +41,12 @@ void Segment::draw_random(const Step& step, uint32_t size, size_t scalars_before
   }
 }
 
+size_t Segment::random_bytes() const {
+  size_t nbytes = 0;
+  for (const at::Tensor& numbers : random) nbytes += numbers.storage().nbytes();
+  return nbytes;
+}
+
 at::Tensor Segment::make_new(const Result& result) {
   auto storage = c10::make_intrusive<LazyStorage>(result.nbytes, result.device_index);
   add_pending(storage.get());

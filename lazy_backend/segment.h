@@ -102,6 +102,9 @@ class Segment {
   /// cannot be made, it is as if it had not matched: back to so many slots and scalars.
   void draw_random(const Step& step, uint32_t size, size_t scalars_before);
 
+  /// What `random` takes.
+  size_t random_bytes() const;
+
   /// The steps so far have been run: nothing is pending any more, and inputs are
   /// kept no longer than eager would keep them.
   void settle();

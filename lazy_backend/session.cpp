@@ -39,6 +39,8 @@ thread_local Session* Session::current_session_ = nullptr;
 namespace {
 
 constexpr const char* kAnOpThrew = "an op threw an error";
+/// From so many on, a step's random numbers are not to lie beside the next one's.
+constexpr size_t kManyRandomBytes = size_t{1} << 20;
 /// Of a loop whose length changes, so many are written down where it is found.
 constexpr int kIterationsKept = 2;
 
@@ -539,6 +541,8 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       }
     }
     launch_closed();
+  } else if (how.randomness != Randomness::kNone && closed_.random_bytes() >= kManyRandomBytes) {
+    launch_closed();  // eager has let go of these numbers before it draws the next ones
   }
   if ((!reads || cursor_ == root_ || log_.empty()) && environment_ != environment_key()) {
     end_segment("the default dtype or another setting changed");

@@ -1,4 +1,7 @@
 // What is computed is what somebody holds, and nothing is kept that eager frees.
+#include <c10/core/Allocator.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
+
 #include <fstream>
 
 #include "reprise/reprise.h"
@@ -85,6 +88,55 @@ int64_t peak_megabytes(const Function& function) {
   const auto before = status("VmRSS");
   function();
   return status("VmHWM") - before;
+}
+
+/// The most bytes of tensors that there were at once while `function` ran, as libtorch's
+/// allocators report them for this thread.
+template <class Function>
+size_t peak_bytes(const Function& function) {
+  struct Peak final : c10::MemoryReportingInfoBase {
+    void reportMemoryUsage(void*, int64_t, size_t allocated, size_t, c10::Device device) override {
+      if (device.type() == eager_device().type()) most = std::max(most, allocated);
+    }
+    bool memoryProfilingEnabled() const override { return true; }
+    size_t most = 0;
+  };
+  const auto peak = std::make_shared<Peak>();
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, peak);
+  const auto before = torch::empty({1}, eager_device());  // tells what there is
+  const size_t first = peak->most;
+  function();
+  return peak->most - first;
+}
+
+TEST_F(Liveness, RandomNumbersOfStepsDoNotPileUp) {
+  const auto run = [](torch::Device device) {
+    // Steps are found by what lives on.
+    const auto drift = torch::full({1}, 0.1).to(device).requires_grad_();
+    const torch::NoGradGuard no_grad;
+    torch::Tensor mean;
+    for (int k = 0; k < 32; ++k) {
+      const auto numbers = torch::randn({1024, 512}, torch::device(device));
+      auto moved = numbers * drift;
+      for (int date = 0; date < 8; ++date) {
+        moved = moved * drift;
+        moved = moved + numbers;
+        moved = moved.tanh();
+      }
+      mean = moved.mean();
+      if (k % 8 == 7) wait_for_compiles();
+    }
+    return mean.item<double>();
+  };
+  const size_t eager = peak_bytes([&] { run(eager_device()); });
+  begin_test(/*compile=*/true);
+  const Statistics before = statistics();
+  // Steps are found; recorded, interpreted, compared with the interpreter, replayed.
+  const size_t lazy = peak_bytes([&] { run(torch::kLazy); });
+  const Statistics did = since(before);
+  EXPECT_GT(did.segments_interpreted, 0u) << explain();
+  EXPECT_GT(did.segments_replayed, 0u) << explain();
+  EXPECT_LE(static_cast<double>(lazy), 1.05 * static_cast<double>(eager));
 }
 
 TEST_F(Liveness, IntermediatesAreFreedAsEagerFreesThem) {
