@@ -349,6 +349,32 @@ class Writer {
     }
   }
 
+  /// An op whose arguments do not say how its results lie, a library's or a package's say, has
+  /// an overload that is told.
+  static constexpr const char* kAsRecorded = "as_recorded";
+  static bool has_overload_as_recorded(const c10::OperatorName& name) {
+    return !name.name.starts_with("aten::") &&
+           c10::Dispatcher::singleton().findSchema({name.name, kAsRecorded}).has_value();
+  }
+
+  /// Two arguments more: the dtypes of all results, and of each its rank, sizes and strides.
+  static void write_geometries(const Step& step, std::vector<std::string>& args) {
+    std::string dtypes;
+    std::vector<int64_t> integers;
+    for_each_result(step.results, [&](const Result& result) {
+      TORCH_CHECK(result.kind == Result::Kind::kNew && result.geometry->offset == 0 &&
+                      result.nbytes <= result.geometry->nbytes(),
+                  "reprise: ", step.op.operator_name(),
+                  " returns a part of a tensor, or one that it was given: such calls cannot be compiled");
+      const std::string dtype = dtype_text(result.geometry->dtype);
+      dtypes += (dtypes.empty() ? "" : " ") + dtype.substr(1, dtype.size() - 2);
+      integers.push_back(result.geometry->rank);
+      integers.insert(integers.end(), result.geometry->dims.begin(), result.geometry->dims.end());
+    });
+    args.push_back(field("str", json_text(dtypes)));
+    args.push_back(ints(integers));
+  }
+
   void write_step(uint32_t k, const Step& step) {
     step_ = k;
     next_argument_ = first_argument_[k];
@@ -371,9 +397,13 @@ class Writer {
       argument_ = static_cast<uint32_t>(a);
       args.push_back(argument(step.args[a], declared[a]));
     }
-    const auto& name = step.op.operator_name();
+    auto name = step.op.operator_name();
     const std::string results =
         list_text(step.results, [&](const Result& r) { return result(r); });
+    if (has_overload_as_recorded(name)) {
+      name.overload_name = kAsRecorded;
+      write_geometries(step, args);
+    }
     steps_.push_back(c10::str("{\"op\":", json_text(name.name),
                               ",\"overload\":", json_text(name.overload_name),
                               ",\"args\":", list_text(args, [](const auto& a) { return a; }),

@@ -17,7 +17,9 @@
 #include <map>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <regex>
 
+#include "lazy_backend/session.h"
 #include "lazy_backend/storage.h"
 
 namespace reprise {
@@ -27,7 +29,7 @@ namespace {
 struct Packages {
   std::mutex mutex;
   std::map<std::string, CompiledPackage*, std::less<>> all;
-  uint64_t next = 1;
+  std::map<std::string, uint64_t> loaded;  ///< of a name, so many until now
 };
 Packages& packages() {
   static auto* instance = new Packages;
@@ -47,17 +49,73 @@ std::vector<at::Tensor> run_package(c10::string_view key, at::TensorList inputs,
   return package->run_here(inputs.vec(), weights, written);
 }
 
+std::vector<at::Tensor> call_package(c10::string_view key, at::TensorList inputs, at::TensorList weights) {
+  return run_package(key, inputs, weights, {});
+}
+
+/// `geometry`: of each result its rank, sizes and strides.
+std::vector<at::Tensor> call_package_as_recorded(c10::string_view key, at::TensorList inputs, at::TensorList weights,
+                                                 c10::string_view, c10::IntArrayRef geometry) {
+  std::vector<at::Tensor> results = call_package(key, inputs, weights);
+  for (const at::Tensor& result : results) {
+    const auto rank = static_cast<size_t>(result.dim());
+    TORCH_CHECK(geometry.size() > 2 * rank && geometry[0] == result.dim() &&
+                    geometry.slice(1, rank) == result.sizes() && geometry.slice(1 + rank, rank) == result.strides(),
+                "reprise: the package ", key, " returned other sizes than it did before for inputs of the same: ",
+                result.sizes());
+    geometry = geometry.slice(1 + 2 * rank);
+  }
+  return results;
+}
+
+// A call that may write, or of which little is known, is no step of a trace; `call_package` is
+// one (op_policy.cpp). Compiled programs call its overload `as_recorded`: see trace_writer.h.
 TORCH_LIBRARY_FRAGMENT(reprise, m) {
   m.def("run_package(str package, Tensor[] inputs, Tensor[] weights, Tensor(a!)[] written) -> Tensor[]");
+  m.def("call_package(str package, Tensor[] inputs, Tensor[] weights) -> Tensor[]");
+  m.def("call_package.as_recorded(str package, Tensor[] inputs, Tensor[] weights, str dtypes, SymInt[] geometry) "
+        "-> Tensor[]");
 }
-TORCH_LIBRARY_IMPL(reprise, CPU, m) { m.impl("run_package", run_package); }
-TORCH_LIBRARY_IMPL(reprise, CUDA, m) { m.impl("run_package", run_package); }
+void implement_on_a_device(torch::Library& m) {
+  m.impl("run_package", run_package);
+  m.impl("call_package", call_package);
+  m.impl("call_package.as_recorded", call_package_as_recorded);
+}
+TORCH_LIBRARY_IMPL(reprise, CPU, m) { implement_on_a_device(m); }
+TORCH_LIBRARY_IMPL(reprise, CUDA, m) { implement_on_a_device(m); }
 TORCH_LIBRARY_IMPL(reprise, Autograd, m) {
   m.impl("run_package", torch::autograd::autogradNotImplementedFallback());
+  m.impl("call_package", torch::autograd::autogradNotImplementedFallback());
 }
 
 bool any_lazy(const std::vector<at::Tensor>& tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& each) { return is_lazy(each); });
+}
+bool all_lazy(const std::vector<at::Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& each) { return is_lazy(each); });
+}
+
+/// Whether the sizes of what the program returns follow from those that it is given. Inductor
+/// calls a size that hangs on values u0, u1, ... (SymT.UNBACKED_INT, torch 2.11), and declares
+/// it in the source, which lies beside the library; an integer that is an argument is read there.
+bool has_known_sizes(Pt2Archive& archive, const std::string& name) {
+  const std::string folder = "data/aotinductor/" + name + "/";
+  bool found = false;
+  for (const std::string& record : archive.records()) {
+    if (!record.starts_with(folder) || !record.ends_with(".wrapper.cpp")) continue;
+    found = true;
+    static const std::regex unbacked("\\bu[0-9]+\\b|\\baoti_torch_item_");
+    const std::string source = archive.text(record);
+    if (std::regex_search(source, unbacked)) return false;
+  }
+  return found;
+}
+
+/// Where the device's generator of random numbers stands.
+at::Tensor random_state(c10::Device device) {
+  at::Generator generator = at::globalContext().defaultGenerator(device);
+  const std::lock_guard lock(generator.mutex());
+  return generator.get_state();
 }
 
 /// The device that the metadata name. Throws where it is not there.
@@ -110,6 +168,9 @@ CompiledPackage::CompiledPackage(Pt2Archive& archive, const std::string& name)
     const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path_, name);
     device_ = device_of(metadata);
     inputs_ = inputs_in(metadata);
+    // What Reprise exports has neither.
+    sizes_known_ = inputs_.has_value() || has_known_sizes(archive, name);
+    draws_ = inputs_.has_value() ? Draws::kNothing : Draws::kUnknown;
     stored_ = archive.weights(name);
     described_ = weights_in(metadata).value_or(PackagedWeights{stored_.empty(), {}});
     have_libtorch();
@@ -126,11 +187,22 @@ CompiledPackage::CompiledPackage(Pt2Archive& archive, const std::string& name)
   }
   Packages& registry = packages();
   const std::lock_guard lock(registry.mutex);
-  key_ = path_ + "#" + std::to_string(registry.next++);
+  // Traces name it: another process that loads the same files in the same order finds its programs.
+  const std::string called = std::filesystem::path(path_).filename().string() + "/" + name;
+  key_ = called + "#" + std::to_string(++registry.loaded[called]);
   registry.all.emplace(key_, this);
 }
 
 CompiledPackage::~CompiledPackage() {
+  if (was_step_) {
+    for (Session* session : Session::all()) {
+      try {
+        session->flush("a package is unloaded");
+      } catch (const std::exception& error) {
+        TORCH_WARN("reprise: a pending step failed when a package was unloaded: ", error.what());
+      }
+    }
+  }
   Packages& registry = packages();
   const std::lock_guard lock(registry.mutex);
   registry.all.erase(key_);
@@ -185,6 +257,12 @@ std::vector<at::Tensor> CompiledPackage::run(const std::vector<at::Tensor>& weig
   if (lazy_weights) {
     for (size_t k = 0; k < weights.size(); ++k) (written_[k] ? written : read).push_back(weights[k]);
   }
+  if (all_lazy(inputs) && (lazy_weights ? all_lazy(weights) : weights.empty()) && can_be_step()) {
+    was_step_ = true;
+    using Call = std::vector<at::Tensor>(c10::string_view, at::TensorList, at::TensorList);
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("reprise::call_package", "").typed<Call>();
+    return op.call(key_, inputs, weights);
+  }
   // It computes its own gradients, if any.
   const c10::AutoGradMode grad(c10::GradMode::is_enabled() && !writes());
   using Run = std::vector<at::Tensor>(c10::string_view, at::TensorList, at::TensorList, at::TensorList);
@@ -237,8 +315,15 @@ std::vector<at::Tensor> CompiledPackage::run_here(const std::vector<at::Tensor>&
     for (const bool is_written : written_) weights.push_back(is_written ? written[next_written++] : read[next_read++]);
     bind(weights);
   }
-  const std::shared_lock lock(mutex_);
-  return runner_->run(std::vector<at::Tensor>(inputs));
+  const bool first = draws_ == Draws::kUnknown;
+  const at::Tensor before = first ? random_state(device_) : at::Tensor();
+  std::vector<at::Tensor> results;
+  {
+    const std::shared_lock lock(mutex_);
+    results = runner_->run(std::vector<at::Tensor>(inputs));
+  }
+  if (first) draws_ = random_state(device_).equal(before) ? Draws::kNothing : Draws::kNumbers;
+  return results;
 }
 
 }  // namespace reprise

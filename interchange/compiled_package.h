@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <shared_mutex>
@@ -38,13 +39,20 @@ class CompiledPackage final : public detail::LoadedProgram {
 
  private:
   void bind(const std::vector<at::Tensor>& weights);
+  /// Whether a call can be recorded now and run later, as what it returns lies is known then
+  /// and its random numbers, if any, need not come before those of other ops.
+  bool can_be_step() const { return sizes_known_ && draws_ == Draws::kNothing && !writes(); }
   bool writes() const { return std::find(written_.begin(), written_.end(), true) != written_.end(); }
 
   const std::string path_;
   c10::Device device_;
-  std::string key_;  ///< what `reprise::run_package` knows it by
+  std::string key_;  ///< what `reprise::run_package` and `call_package` know it by
   std::shared_ptr<PackageRunner> runner_;
   std::optional<ProgramInputs> inputs_;
+  bool sizes_known_ = false;
+  enum class Draws : uint8_t { kUnknown, kNothing, kNumbers };
+  std::atomic<Draws> draws_{Draws::kUnknown};  ///< from the device's generator; the first call tells
+  std::atomic<bool> was_step_{false};
   std::vector<std::string> input_names_;
   PackagedWeights described_;  ///< its weights, as far as the file says
   std::map<std::string, at::Tensor> stored_;  ///< beside it, until they are taken

@@ -73,6 +73,8 @@ TracedFunction trace_once(const Subject& subject, const std::vector<at::Tensor>&
   for (const StepPtr& step : run.steps) {
     TORCH_CHECK(step->randomness == Randomness::kNone, what, ": ",
                 step->op.operator_name(), " draws random numbers; is the module in training mode?");
+    TORCH_CHECK(step->op.operator_name().name != "reprise::call_package", what,
+                ": the function calls a package that was loaded, which cannot be put into another one");
     for (const uint32_t slot : step->written) {
       TORCH_CHECK(writes == WritesWeights::kYes || run.inputs[slot] == nullptr || is_argument(run.inputs[slot].get()),
                   what, ": ", step->op.operator_name(),

@@ -228,6 +228,120 @@ TEST_F(Packages, ACompiledPackageIsALinkOfALazyChain) {
   }
 }
 
+TEST_F(Packages, ACallIsOneStepAmongOthers) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
+  expect_eager_three_ways(
+      [&](torch::Device device) -> Step {
+        const auto package = load_package(path("compiled.pt2"));
+        torch::nn::Sequential chain(torch::nn::Linear(6, 6), torch::nn::Tanh(), package, torch::nn::Linear(3, 2));
+        {
+          torch::NoGradGuard no_grad;  // the same weights each time
+          for (auto& p : chain[0]->parameters()) p.copy_(torch::arange(p.numel()).view(p.sizes()).div(40.0).cos());
+          for (auto& p : chain[3]->parameters()) p.copy_(torch::arange(p.numel()).view(p.sizes()).sin());
+        }
+        chain->to(device);
+        return [=](int) mutable {
+          torch::NoGradGuard no_grad;
+          // What is written is read by the package that comes after it.
+          package->named_parameters()["0.bias"].mul_(0.9);
+          const auto x = torch::arange(30).view({5, 6}).mul(0.1).to(device);
+          return Tensors{chain->forward(x.flip(0)), chain->forward(x).relu()};
+        };
+      },
+      {.repeats_at = 2, .tolerance = 10});  // the first one finds out that it draws no random numbers
+}
+
+TEST_F(Packages, AChainWithAPackageIsOneProgram) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
+  const auto package = load_package(path("compiled.pt2"));
+  torch::nn::Sequential chain(torch::nn::Linear(6, 6), torch::nn::Tanh(), package, torch::nn::Linear(3, 2));
+  torch::NoGradGuard no_grad;
+  std::map<int64_t, torch::Tensor> expected;
+  const auto input = [](int64_t rows) { return given(torch::kCPU, {rows, 6}, 3); };
+  for (int64_t rows = 4; rows < 12; ++rows) expected[rows] = chain->forward(input(rows));
+  chain->to(torch::kLazy);
+  const auto run = [&](int64_t rows) {
+    const auto x = input(rows).to(torch::kLazy);
+    mark_step();
+    const Statistics before = statistics();
+    const auto result = chain->forward(x).cpu();
+    expect_close(result, expected[rows], 10);
+    return since(before);
+  };
+  for (int repeat = 0; repeat < 4; ++repeat) {
+    run(5);
+    wait_for_compiles();
+  }
+  const Statistics once = run(5);
+  EXPECT_EQ(once.segments_replayed, 1u);
+  EXPECT_EQ(once.segments_recorded + once.segments_interpreted, 0u);
+  // Sizes share a program, but what a package returns for another one is not known before.
+  const Statistics before = statistics();
+  for (int64_t rows = 4; rows < 12; ++rows) {
+    for (int repeat = 0; repeat < 2; ++repeat) run(rows);
+    wait_for_compiles();
+  }
+  EXPECT_LE(since(before).programs_compiled + since(before).programs_loaded, 2u);
+  const Statistics again = run(11);
+  EXPECT_EQ(again.segments_replayed, 1u);
+  EXPECT_EQ(statistics().program_failures, 0u);
+
+  // Two modules of one file have their own weights.
+  const auto other = load_package(path("compiled.pt2")), there = load_package(path("compiled.pt2"));
+  other->to(torch::kLazy);
+  for (const auto& module : {other, there}) {
+    for (auto& weight : module->parameters()) weight.mul_(-2);
+  }
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    run(5);
+    expect_close(other->forward(input(5).to(torch::kLazy)), there->forward(input(5)), 10);
+  }
+  expect_error([&] { export_package(chain, std::tuple(input(5).to(torch::kLazy)), path("nested.pt2")); },
+               "calls a package that was loaded");
+}
+
+TEST_F(Packages, AnUnloadedPackageHasDoneItsWork) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
+  torch::NoGradGuard no_grad;
+  const auto x = torch::randn({5, 6}).to(torch::kLazy);
+  auto package = load_package(path("compiled.pt2"));
+  package->to(torch::kLazy);
+  Tensors results;
+  for (int repeat = 0; repeat < 2; ++repeat) {  // recorded, and pending
+    mark_step();
+    results.push_back(package->forward(x * 2));
+  }
+  package = nullptr;
+  EXPECT_TRUE(results[0].equal(results[1]));
+}
+
+TEST_F(Packages, WhatACallDoesBesideIsDoneInItsPlace) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "the packages were compiled for the CPU";
+  torch::NoGradGuard no_grad;
+  const auto noisy = load_package(path("noisy.pt2")), positive = load_package(path("positive.pt2")),
+             halves = load_package(path("halves.pt2"));
+  const auto run = [&](torch::Device device, double sign) {
+    torch::manual_seed(11);
+    const auto x = torch::arange(-12, 12).view({4, 6}).to(torch::kFloat).mul_(sign).to(device);
+    Tensors all{torch::rand({3}, device), noisy->forward(x * 2), torch::rand({3}, device)};
+    all.push_back(positive->forward(x + sign));
+    for (auto& half : halves->run({x + 1})) all.push_back(half);
+    all[4].add_(1);  // a part of the tensor that is also the next one's
+    all[6].mul_(3);
+    return all;
+  };
+  for (int repeat = 0; repeat < 4; ++repeat) {
+    for (const double sign : {1.0, -0.5}) {
+      SCOPED_TRACE(c10::str(repeat, " ", sign));
+      const Tensors actual = run(torch::kLazy, sign), expected = run(torch::kCPU, sign);
+      ASSERT_EQ(actual.size(), expected.size());
+      for (size_t k = 0; k < actual.size(); ++k) expect_close(actual[k], expected[k]);
+    }
+    mark_step();
+    wait_for_compiles();
+  }
+}
+
 TEST_F(Packages, GradientsStopAtACompiledPackage) {
   const auto net = load_package(path("compiled.pt2"));
   const auto x = torch::randn({5, 6}).requires_grad_();

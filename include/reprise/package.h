@@ -75,7 +75,9 @@ struct LoadOptions {
 ///   on every device, compiled on the lazy one, with gradients. Sizes that were dynamic stay so.
 /// - An AOTInductor package, made by `reprise::export_package` or by Python's
 ///   `torch._inductor.aoti_compile_and_package`. It runs on the device that it was compiled
-///   for, on lazy tensors too, and gives no gradients.
+///   for, and gives no gradients. On the lazy device, once the module is there as well, a call
+///   is an op among others, which compiled programs make as it is; unless it writes weights,
+///   draws random numbers, or returns sizes that hang on values.
 ///
 /// A package of a training step (`ExportOptions::training_step`) writes its parameters and
 /// buffers in each call; calls may not overlap then.

@@ -195,6 +195,32 @@ def compiled(folder: Path) -> None:
     torch.save({"inputs": [x, y], "outputs": outputs}, folder / "compiled.numbers")
 
 
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+class Positive(nn.Module):
+    """How much it returns hangs on the values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[x > 0] * 2
+
+
+class Halves(nn.Module):
+    """Parts of one tensor, and the argument again."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return *(x * 2).chunk(2), x
+
+
+def compiled_and_special(folder: Path) -> None:
+    for model in (Noisy(), Positive(), Halves()):
+        program = torch.export.export(model, (torch.randn(4, 6),))
+        name = type(model).__name__.lower() + ".pt2"
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / name))
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +230,7 @@ def main() -> None:
     gpt(folder)
     features(folder)
     compiled(folder)
+    compiled_and_special(folder)
 
 
 if __name__ == "__main__":

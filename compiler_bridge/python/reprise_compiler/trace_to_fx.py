@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from . import device_scalars, retarget
+from . import device_scalars, recorded_results, retarget
 from .symbols import ExpressionError, evaluate
 
 FORMAT = 1
@@ -319,6 +319,7 @@ class _GraphBuilder:
 
     def add_step(self, step: dict[str, Any]) -> None:
         op = find_op(step["op"], step["overload"])
+        recorded_results.tell_compiler(op)
         schema = op._schema
         if len(step["args"]) != len(schema.arguments):
             raise TraceError(
