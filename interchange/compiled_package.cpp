@@ -17,13 +17,14 @@
 #include <map>
 #include <mutex>
 #include <nlohmann/json.hpp>
-#include <regex>
 
 #include "lazy_backend/session.h"
 #include "lazy_backend/storage.h"
 
 namespace reprise {
 namespace {
+
+constexpr const char* kCall = "reprise::call_package";
 
 /// Those that are loaded, by their key: an op of the dispatcher takes no pointer.
 struct Packages {
@@ -95,29 +96,6 @@ bool all_lazy(const std::vector<at::Tensor>& tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& each) { return is_lazy(each); });
 }
 
-/// Whether the sizes of what the program returns follow from those that it is given. Inductor
-/// calls a size that hangs on values u0, u1, ... (SymT.UNBACKED_INT, torch 2.11), and declares
-/// it in the source, which lies beside the library; an integer that is an argument is read there.
-bool has_known_sizes(Pt2Archive& archive, const std::string& name) {
-  const std::string folder = "data/aotinductor/" + name + "/";
-  bool found = false;
-  for (const std::string& record : archive.records()) {
-    if (!record.starts_with(folder) || !record.ends_with(".wrapper.cpp")) continue;
-    found = true;
-    static const std::regex unbacked("\\bu[0-9]+\\b|\\baoti_torch_item_");
-    const std::string source = archive.text(record);
-    if (std::regex_search(source, unbacked)) return false;
-  }
-  return found;
-}
-
-/// Where the device's generator of random numbers stands.
-at::Tensor random_state(c10::Device device) {
-  at::Generator generator = at::globalContext().defaultGenerator(device);
-  const std::lock_guard lock(generator.mutex());
-  return generator.get_state();
-}
-
 /// The device that the metadata name. Throws where it is not there.
 c10::Device device_of(const std::unordered_map<std::string, std::string>& metadata) {
   const auto named = metadata.find("AOTI_DEVICE_KEY");
@@ -162,15 +140,13 @@ at::Tensor with_strides(const at::Tensor& tensor, c10::IntArrayRef strides) {
   return at::empty_strided(tensor.sizes(), strides, tensor.options()).copy_(tensor);
 }
 
-CompiledPackage::CompiledPackage(Pt2Archive& archive, const std::string& name)
+CompiledPackage::CompiledPackage(Pt2Archive& archive, const std::string& name, bool functional)
     : path_(archive.path()), device_(c10::kCPU) {
   try {
     const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path_, name);
     device_ = device_of(metadata);
     inputs_ = inputs_in(metadata);
-    // What Reprise exports has neither.
-    sizes_known_ = inputs_.has_value() || has_known_sizes(archive, name);
-    draws_ = inputs_.has_value() ? Draws::kNothing : Draws::kUnknown;
+    functional_ = functional || is_functional(metadata);
     stored_ = archive.weights(name);
     described_ = weights_in(metadata).value_or(PackagedWeights{stored_.empty(), {}});
     have_libtorch();
@@ -194,10 +170,14 @@ CompiledPackage::CompiledPackage(Pt2Archive& archive, const std::string& name)
 }
 
 CompiledPackage::~CompiledPackage() {
+  // What waits for a call of it is not to wait until it is gone.
+  const auto calls = [&](const Step& step) {
+    return step.op.operator_name().name == kCall && step.args[0].constant().toStringView() == key_;
+  };
   if (was_step_) {
     for (Session* session : Session::all()) {
       try {
-        session->flush("a package is unloaded");
+        session->flush_where(calls, "a package is unloaded");
       } catch (const std::exception& error) {
         TORCH_WARN("reprise: a pending step failed when a package was unloaded: ", error.what());
       }
@@ -251,17 +231,21 @@ std::vector<at::Tensor> CompiledPackage::run(const std::vector<at::Tensor>& weig
                       input_names_.size(), " tensors, and ", inputs.size(), " came");
   }
   const bool lazy_weights = any_lazy(weights);
-  if (!lazy_weights) bind(weights);
+  if (!lazy_weights) bind_if_needed(weights);
   if (inputs.empty() && !lazy_weights) return run_here({}, {}, {});
   std::vector<at::Tensor> read, written;
   if (lazy_weights) {
     for (size_t k = 0; k < weights.size(); ++k) (written_[k] ? written : read).push_back(weights[k]);
   }
-  if (all_lazy(inputs) && (lazy_weights ? all_lazy(weights) : weights.empty()) && can_be_step()) {
+  if (all_lazy(inputs) && (lazy_weights ? all_lazy(weights) : weights.empty()) && functional_ && !writes()) {
     was_step_ = true;
     using Call = std::vector<at::Tensor>(c10::string_view, at::TensorList, at::TensorList);
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("reprise::call_package", "").typed<Call>();
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kCall, "").typed<Call>();
     return op.call(key_, inputs, weights);
+  }
+  if (!functional_ && any_lazy(inputs)) {
+    // What reads them before this call, and has not run, is to find them as they are.
+    Session::current().flush("a package was called that may write its arguments");
   }
   // It computes its own gradients, if any.
   const c10::AutoGradMode grad(c10::GradMode::is_enabled() && !writes());
@@ -271,18 +255,23 @@ std::vector<at::Tensor> CompiledPackage::run(const std::vector<at::Tensor>& weig
   return op.call(key_, inputs, read, written);
 }
 
-void CompiledPackage::bind(const std::vector<at::Tensor>& weights) {
-  const auto bound = [&] {
-    return std::equal(weights.begin(), weights.end(), bound_.begin(), bound_.end(), [](const at::Tensor& a, const at::Tensor& b) {
-      return !b.is_meta() && a.data_ptr() == b.data_ptr();
-    });
-  };
+bool CompiledPackage::are_bound(const std::vector<at::Tensor>& weights) const {
+  return std::equal(weights.begin(), weights.end(), bound_.begin(), bound_.end(), [](const at::Tensor& a, const at::Tensor& b) {
+    return !b.is_meta() && a.data_ptr() == b.data_ptr() && a.sizes() == b.sizes() && a.strides() == b.strides() &&
+           a.scalar_type() == b.scalar_type();
+  });
+}
+
+void CompiledPackage::bind_if_needed(const std::vector<at::Tensor>& weights) {
   {
     const std::shared_lock lock(mutex_);
-    if (bound()) return;
+    if (are_bound(weights)) return;
   }
   const std::unique_lock lock(mutex_);
-  if (bound()) return;
+  bind(weights);
+}
+
+void CompiledPackage::bind(const std::vector<at::Tensor>& weights) {
   std::unordered_map<std::string, at::Tensor> named;
   std::vector<at::Tensor> kept;
   for (size_t k = 0; k < weights.size(); ++k) {
@@ -309,21 +298,19 @@ std::vector<at::Tensor> CompiledPackage::run_here(const std::vector<at::Tensor>&
     TORCH_CHECK(inputs[k].device().type() == device_.type(), "reprise: input ", k, " of '", path_, "' lies on ",
                 inputs[k].device(), ", and the package was compiled for ", device_.type());
   }
+  std::vector<at::Tensor> weights;
+  size_t next_read = 0, next_written = 0;
   if (!read.empty() || !written.empty()) {
-    std::vector<at::Tensor> weights;
-    size_t next_read = 0, next_written = 0;
     for (const bool is_written : written_) weights.push_back(is_written ? written[next_written++] : read[next_read++]);
-    bind(weights);
   }
-  const bool first = draws_ == Draws::kUnknown;
-  const at::Tensor before = first ? random_state(device_) : at::Tensor();
-  std::vector<at::Tensor> results;
   {
     const std::shared_lock lock(mutex_);
-    results = runner_->run(std::vector<at::Tensor>(inputs));
+    if (weights.empty() || are_bound(weights)) return runner_->run(std::vector<at::Tensor>(inputs));
   }
-  if (first) draws_ = random_state(device_).equal(before) ? Draws::kNothing : Draws::kNumbers;
-  return results;
+  // Others, with weights of their own, wait.
+  const std::unique_lock lock(mutex_);
+  bind(weights);
+  return runner_->run(std::vector<at::Tensor>(inputs));
 }
 
 }  // namespace reprise

@@ -23,8 +23,8 @@ at::Tensor with_strides(const at::Tensor& tensor, c10::IntArrayRef strides);
 /// later calls.
 class CompiledPackage final : public detail::LoadedProgram {
  public:
-  /// Throws c10::Error, which names the file.
-  CompiledPackage(Pt2Archive& archive, const std::string& name);
+  /// `functional`: see `LoadOptions`. Throws c10::Error, which names the file.
+  CompiledPackage(Pt2Archive& archive, const std::string& name, bool functional);
   ~CompiledPackage() override;
 
   std::vector<Weight> take_weights() override;
@@ -38,10 +38,9 @@ class CompiledPackage final : public detail::LoadedProgram {
                                    at::TensorList written);
 
  private:
+  bool are_bound(const std::vector<at::Tensor>& weights) const;  // under `mutex_`, as `bind`
   void bind(const std::vector<at::Tensor>& weights);
-  /// Whether a call can be recorded now and run later, as what it returns lies is known then
-  /// and its random numbers, if any, need not come before those of other ops.
-  bool can_be_step() const { return sizes_known_ && draws_ == Draws::kNothing && !writes(); }
+  void bind_if_needed(const std::vector<at::Tensor>& weights);
   bool writes() const { return std::find(written_.begin(), written_.end(), true) != written_.end(); }
 
   const std::string path_;
@@ -49,9 +48,7 @@ class CompiledPackage final : public detail::LoadedProgram {
   std::string key_;  ///< what `reprise::run_package` and `call_package` know it by
   std::shared_ptr<PackageRunner> runner_;
   std::optional<ProgramInputs> inputs_;
-  bool sizes_known_ = false;
-  enum class Draws : uint8_t { kUnknown, kNothing, kNumbers };
-  std::atomic<Draws> draws_{Draws::kUnknown};  ///< from the device's generator; the first call tells
+  bool functional_ = false;  ///< a call can be recorded now and run later
   std::atomic<bool> was_step_{false};
   std::vector<std::string> input_names_;
   PackagedWeights described_;  ///< its weights, as far as the file says

@@ -85,15 +85,6 @@ struct Exported {
   std::unique_ptr<TemporaryFile> weights_file;
 };
 
-std::vector<at::Tensor> on_backing_device(const std::vector<at::Tensor>& arguments) {
-  std::vector<at::Tensor> inputs;
-  for (const at::Tensor& tensor : arguments) {
-    Session::settle(lazy_storage(tensor));
-    inputs.push_back(unwrap(tensor));
-  }
-  return inputs;
-}
-
 /// Throws where the package does something else than the function did.
 void expect_same(const std::string& file, const std::vector<at::Tensor>& arguments, const Exported& exported) {
   const auto& weights = exported.weights;
@@ -112,7 +103,12 @@ void expect_same(const std::string& file, const std::vector<at::Tensor>& argumen
   }
   std::vector<at::Tensor> old;
   for (const at::Tensor& tensor : before) old.push_back(tensor.defined() ? tensor.clone() : at::Tensor());
-  const std::vector<at::Tensor> outputs = loader.run(on_backing_device(arguments));
+  std::vector<at::Tensor> inputs = exported.step.traced.arguments;
+  const std::vector<at::Tensor> outputs = loader.run(inputs);
+  for (size_t k = 0; k < arguments.size(); ++k) {
+    if (!exported.step.traced.writes_argument(k)) continue;
+    expect_close(c10::str("argument ", k, ", which it writes"), inputs[k], unwrap(arguments[k]));
+  }
   for (size_t k = 0; k < outputs.size(); ++k) expect_close(c10::str("result ", k), outputs[k], unwrap(exported.step.traced.results[k]));
   for (size_t k = 0; k < weights.size(); ++k) {
     if (!weights[k].written) continue;
@@ -193,6 +189,7 @@ Exported run_and_describe(const std::string& what, const std::string& format, bo
        {{"inputs", names},
         {"symbols", text_of(traced.marks)},
         {kInputsKey, text_of(wanted)},
+        {kFunctionalKey, traced.is_functional() ? "true" : "false"},
         {kWeightsKey, text_of(out.packaged)}}}};
   out.trace = traced.trace;
   constexpr std::string_view kHeader = "{\"format\":1,";
@@ -241,7 +238,7 @@ void export_program(Pack&& pack, FunctionBody body, const NamedTensors& named, c
   CompileQueue::get().compile_package(exported.trace, written.path());
   const auto module = load_package(written.path());
   module->to(backing_device());
-  const std::vector<at::Tensor> results = module->run(on_backing_device(pack.tensors));
+  const std::vector<at::Tensor> results = module->run(exported.step.traced.arguments);
   for (size_t k = 0; k < results.size(); ++k) expect_close(c10::str("result ", k), results[k], unwrap(exported.step.traced.results[k]));
   std::filesystem::rename(written.path(), file);
 }

@@ -110,7 +110,7 @@ std::shared_ptr<LoadedModule> load_package(const std::string& path, const LoadOp
   if (has(exported)) {
     program = std::make_unique<ExportedProgram>(archive, name);
   } else {
-    program = std::make_unique<CompiledPackage>(archive, name);
+    program = std::make_unique<CompiledPackage>(archive, name, options.functional);
   }
   return std::make_shared<LoadedModule>(std::move(program), options.weights_of.get());
 }

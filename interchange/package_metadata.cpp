@@ -46,6 +46,11 @@ std::optional<PackagedWeights> weights_in(const std::unordered_map<std::string, 
   return out;
 }
 
+bool is_functional(const std::unordered_map<std::string, std::string>& metadata) {
+  const auto found = metadata.find(kFunctionalKey);
+  return found != metadata.end() && found->second == "true";
+}
+
 std::string text_of(const ProgramInputs& inputs) {
   Json out = {{"inputs", Json::array()}, {"symbols", Json::array()}};
   for (const auto& input : inputs.inputs) {

@@ -35,6 +35,10 @@ std::string text_of(const PackagedWeights& weights);
 /// Nothing where somebody else made the package.
 std::optional<PackagedWeights> weights_in(const std::unordered_map<std::string, std::string>& metadata);
 
+/// Whether a call writes no argument, and returns new tensors that have nothing in common.
+inline constexpr const char* kFunctionalKey = "reprise_functional";
+bool is_functional(const std::unordered_map<std::string, std::string>& metadata);
+
 std::string text_of(const ProgramInputs& inputs);
 /// Nothing where somebody else made the package.
 std::optional<ProgramInputs> inputs_in(const std::unordered_map<std::string, std::string>& metadata);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <optional>
 #include <tuple>
 
@@ -46,6 +47,11 @@ TracedFunction trace_once(const Subject& subject, const std::vector<at::Tensor>&
   const auto& [what, body, writes, optimizers] = subject;
   TracedFunction out;
   const OptimizerState before = state_of(optimizers);
+  for (const at::Tensor& argument : arguments) {
+    Session::settle(lazy_storage(argument));
+    const at::Tensor own = unwrap(argument);
+    out.arguments.push_back(copy_lying_as(Geometry(*own.unsafeGetTensorImpl()), own.storage().nbytes(), own, own.device()));
+  }
   Session& session = Session::current();
   session.begin_function(next_function(), "what is exported", /*whole=*/true, /*watch=*/false);
   try {
@@ -140,6 +146,9 @@ std::string over_symbols(const Subject& subject, const TracedFunction& first,
   for (uint32_t trial = 0; trial < kTrials && members.size() + 1 < kEnough; ++trial) {
     std::vector<uint32_t> symbols;  // in the order in which they come
     std::vector<at::Tensor> other = arguments;
+    for (size_t k = 0; k < arguments.size(); ++k) {
+      if (first.writes_argument(k)) other[k] = arguments[k].detach().clone();
+    }
     for (const MarkedSize& mark : marks) {
       const auto known = std::find(symbols.begin(), symbols.end(), mark.symbol);
       const auto order = known - symbols.begin();
@@ -225,6 +234,31 @@ std::vector<TracedFunction::Weight> TracedFunction::weights(const NamedTensors& 
                        /*written=*/true, /*is_parameter=*/false, /*named=*/false});
   }
   return weights;
+}
+
+bool TracedFunction::writes_argument(size_t k) const {
+  const uint32_t slot = program->inputs[static_cast<size_t>(order[k])].index;
+  return std::any_of(run.steps.begin(), run.steps.end(), [&](const StepPtr& step) {
+    return std::find(step->written.begin(), step->written.end(), slot) != step->written.end();
+  });
+}
+
+bool TracedFunction::is_functional() const {
+  for (size_t k = 0; k < order.size(); ++k) {
+    if (writes_argument(k)) return false;
+  }
+  std::map<uint32_t, size_t> made;  // slots, with their bytes
+  for (const StepPtr& step : run.steps) {
+    for_each_result(step->results, [&](const Result& result) {
+      if (result.kind == Result::Kind::kNew) made.emplace(result.slot, result.nbytes);
+    });
+  }
+  for (const auto& [slot, geometry] : program->results) {
+    const auto whole = made.find(slot);  // each once
+    if (whole == made.end() || geometry.offset != 0 || whole->second > geometry.nbytes()) return false;
+    made.erase(whole);
+  }
+  return true;
 }
 
 namespace {

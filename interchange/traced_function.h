@@ -29,6 +29,7 @@ struct TracedFunction {
   std::unique_ptr<Program> program = std::make_unique<Program>();
   std::vector<at::Tensor> results;
   std::vector<int64_t> order;  ///< the program's input that each argument is
+  std::vector<at::Tensor> arguments;  ///< copies of what it was given, on the backing device
   std::vector<MarkedSize> marks;
   std::string trace;  ///< docs/trace_format.md, over symbols where sizes were marked
   /// Further inputs of the trace, after the program's slots.
@@ -44,6 +45,11 @@ struct TracedFunction {
     bool named;
   };
   std::vector<Weight> weights(const NamedTensors& named) const;
+
+  bool writes_argument(size_t k) const;
+  /// Whether it writes none of its arguments, and no two results have elements in common,
+  /// nor are parts of larger tensors.
+  bool is_functional() const;
 };
 
 /// Whether a function may write tensors that are no arguments of it.

@@ -2,6 +2,8 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
+
 #include "lazy_backend/device.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/symbolic_shape.h"
@@ -45,6 +47,12 @@ size_t Segment::random_bytes() const {
   size_t nbytes = 0;
   for (const at::Tensor& numbers : random) nbytes += numbers.storage().nbytes();
   return nbytes;
+}
+
+bool Segment::writes_inputs() const {
+  return std::any_of(bindings_.begin(), bindings_.end(), [&](const Binding& binding) {
+    return !binding.created && binding.storage->pending_in() == session_;
+  });
 }
 
 at::Tensor Segment::make_new(const Result& result) {

@@ -104,6 +104,8 @@ class Segment {
 
   /// What `random` takes.
   size_t random_bytes() const;
+  /// A storage that was there before it is pending here.
+  bool writes_inputs() const;
 
   /// The steps so far have been run: nothing is pending any more, and inputs are
   /// kept no longer than eager would keep them.

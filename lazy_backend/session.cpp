@@ -338,6 +338,17 @@ void Session::flush(const char* reason) {
   end_segment(reason);
 }
 
+void Session::flush_where(c10::function_ref<bool(const Step&)> wanted, const char* reason) {
+  const std::lock_guard<SessionLock> guard(lock_);
+  const auto leads_by = [&](const Node* node) {
+    while (node != nullptr && node->step != nullptr && !wanted(*node->step)) node = node->parent;
+    return node != nullptr && node->step != nullptr;
+  };
+  const auto is_wanted = [&](const StepPtr& step) { return wanted(*step); };
+  const bool inferred = pattern_ != nullptr && std::any_of(log_.begin(), log_.end(), is_wanted);
+  if (leads_by(closed_node_) || leads_by(cursor_) || inferred) end_segment(reason);
+}
+
 void Session::end_segment(const char* reason) {
   if (C10_UNLIKELY(function_ != 0)) break_function(reason);
   launch_closed();
@@ -541,8 +552,11 @@ void Session::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       }
     }
     launch_closed();
-  } else if (how.randomness != Randomness::kNone && closed_.random_bytes() >= kManyRandomBytes) {
-    launch_closed();  // eager has let go of these numbers before it draws the next ones
+  } else if (how.randomness != Randomness::kNone && closed_.random_bytes() >= kManyRandomBytes &&
+             !closed_.writes_inputs()) {
+    // Eager has let go of these numbers before it draws the next ones. (A step that trains
+    // has gradients, which are to go first.)
+    launch_closed();
   }
   if ((!reads || cursor_ == root_ || log_.empty()) && environment_ != environment_key()) {
     end_segment("the default dtype or another setting changed");

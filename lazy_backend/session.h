@@ -18,6 +18,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <c10/util/FunctionRef.h>
 
 #include <cstdint>
 #include <memory>
@@ -100,6 +101,8 @@ class Session final : private GuardListener {
   void abandon_function();
   /// Launches all that is pending here, if anything is.
   void flush(const char* reason);
+  /// As above where a step that is pending here is `wanted`.
+  void flush_where(c10::function_ref<bool(const Step&)> wanted, const char* reason);
 
   // For tests, benchmarks and reports.
   void discard();

@@ -67,6 +67,11 @@ struct LoadOptions {
   /// tensors that they are: what one module writes, the other sees. The programs of one file
   /// share their weights so, and one without weights gets them.
   std::shared_ptr<torch::nn::Module> weights_of = nullptr;
+  /// Of a compiled program that Python made: you vouch that a call writes none of its
+  /// arguments and weights, draws no random numbers, returns new tensors only, and that their
+  /// sizes follow from the arguments' sizes. It can then be one op among others on the lazy
+  /// device. Reprise's packages say so themselves.
+  bool functional = false;
 };
 
 /// Reads a `.pt2` file:
@@ -75,9 +80,9 @@ struct LoadOptions {
 ///   on every device, compiled on the lazy one, with gradients. Sizes that were dynamic stay so.
 /// - An AOTInductor package, made by `reprise::export_package` or by Python's
 ///   `torch._inductor.aoti_compile_and_package`. It runs on the device that it was compiled
-///   for, and gives no gradients. On the lazy device, once the module is there as well, a call
-///   is an op among others, which compiled programs make as it is; unless it writes weights,
-///   draws random numbers, or returns sizes that hang on values.
+///   for, and gives no gradients. On the lazy device, with the module moved there, a call is
+///   an op among others, which compiled programs make as it is, where it is known to be
+///   functional (`LoadOptions::functional`); other calls run at once, between two programs.
 ///
 /// A package of a training step (`ExportOptions::training_step`) writes its parameters and
 /// buffers in each call; calls may not overlap then.
