@@ -2,10 +2,8 @@
 
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
-#include <algorithm>
 #include <atomic>
 #include <mutex>
-#include <thread>
 
 namespace reprise {
 namespace {
@@ -18,30 +16,29 @@ bool runs_on_gpu(const std::string& path, const std::string& name) {
   return device != metadata.end() && device->second != "cpu";
 }
 
+/// On the CPU, what a program does touches nothing of the loaded model but its constants
+/// (`run_impl` of the generated code, torch 2.11), so calls need not wait for each other, nor
+/// take turns with several models: only the first one, which finishes the constants, is alone.
 class CpuRunner final : public PackageRunner {
  public:
   CpuRunner(const std::string& path, const std::string& name)
-      : loader_(path, name, /*run_single_threaded=*/false, calls_at_once()) {}
+      : loader_(path, name, /*run_single_threaded=*/true) {}
   std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
     if (C10_LIKELY(called_.load(std::memory_order_acquire))) {
       return loader_.boxed_run(std::move(inputs));
     }
-    // The first call deadlocks with others that wait for it (aoti_runtime/model_container.h,
-    // torch 2.11: it wants its lock exclusively while they hold it shared).
     const std::lock_guard lock(first_call_);
     auto outputs = loader_.boxed_run(std::move(inputs));
     called_.store(true, std::memory_order_release);
     return outputs;
   }
+  void load_constants(std::unordered_map<std::string, at::Tensor>& constants) override {
+    loader_.load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);
+    called_.store(false, std::memory_order_release);
+  }
   torch::inductor::AOTIModelPackageLoader& loader() override { return loader_; }
 
  private:
-  /// More wait for one that ends.
-  static size_t calls_at_once() {
-    constexpr unsigned kMost = 16;
-    return std::clamp(std::thread::hardware_concurrency(), 1u, kMost);
-  }
-
   std::mutex first_call_;
   std::atomic<bool> called_{false};
   torch::inductor::AOTIModelPackageLoader loader_;
@@ -57,6 +54,9 @@ class GpuRunner final : public PackageRunner {
   std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
     const std::lock_guard lock(mutex_);
     return loader_.boxed_run(std::move(inputs));
+  }
+  void load_constants(std::unordered_map<std::string, at::Tensor>& constants) override {
+    loader_.load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);
   }
   torch::inductor::AOTIModelPackageLoader& loader() override { return loader_; }
 

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
 
 #include "lazy_backend/program.h"
 
@@ -16,6 +17,9 @@ namespace reprise {
 /// A loaded package.
 class PackageRunner : public Runner {
  public:
+  /// Others in the places of some of its constants, which stay the caller's. No call of it may
+  /// be running.
+  virtual void load_constants(std::unordered_map<std::string, at::Tensor>& constants) = 0;
   virtual torch::inductor::AOTIModelPackageLoader& loader() = 0;
 };
 

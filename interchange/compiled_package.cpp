@@ -20,6 +20,7 @@
 
 #include "lazy_backend/session.h"
 #include "lazy_backend/storage.h"
+#include "lazy_backend/trace_tree.h"
 
 namespace reprise {
 namespace {
@@ -230,22 +231,20 @@ std::vector<at::Tensor> CompiledPackage::run(const std::vector<at::Tensor>& weig
     TORCH_CHECK_VALUE(input_names_.empty() || inputs.size() == input_names_.size(), "reprise: '", path_, "' takes ",
                       input_names_.size(), " tensors, and ", inputs.size(), " came");
   }
-  const bool lazy_weights = any_lazy(weights);
-  if (!lazy_weights) bind_if_needed(weights);
-  if (inputs.empty() && !lazy_weights) return run_here({}, {}, {});
-  std::vector<at::Tensor> read, written;
-  if (lazy_weights) {
-    for (size_t k = 0; k < weights.size(); ++k) (written_[k] ? written : read).push_back(weights[k]);
-  }
-  if (all_lazy(inputs) && (lazy_weights ? all_lazy(weights) : weights.empty()) && functional_ && !writes()) {
+  if (inputs.empty() && weights.empty()) return run_here({}, {}, {});
+  if (functional_ && !writes() && all_lazy(inputs) && all_lazy(weights)) {
     was_step_ = true;
     using Call = std::vector<at::Tensor>(c10::string_view, at::TensorList, at::TensorList);
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kCall, "").typed<Call>();
     return op.call(key_, inputs, weights);
   }
-  if (!functional_ && any_lazy(inputs)) {
+  if (any_lazy(inputs) || any_lazy(weights) || traced_function() != 0) {
     // What reads them before this call, and has not run, is to find them as they are.
-    Session::current().flush("a package was called that may write its arguments");
+    Session::current().interrupt("a package that is not known to be functional was called");
+  }
+  std::vector<at::Tensor> read, written;
+  for (size_t k = 0; k < weights.size(); ++k) {
+    (written_[k] ? written : read).push_back(weights[k].requires_grad() ? weights[k].detach() : weights[k]);
   }
   // It computes its own gradients, if any.
   const c10::AutoGradMode grad(c10::GradMode::is_enabled() && !writes());
@@ -260,15 +259,6 @@ bool CompiledPackage::are_bound(const std::vector<at::Tensor>& weights) const {
     return !b.is_meta() && a.data_ptr() == b.data_ptr() && a.sizes() == b.sizes() && a.strides() == b.strides() &&
            a.scalar_type() == b.scalar_type();
   });
-}
-
-void CompiledPackage::bind_if_needed(const std::vector<at::Tensor>& weights) {
-  {
-    const std::shared_lock lock(mutex_);
-    if (are_bound(weights)) return;
-  }
-  const std::unique_lock lock(mutex_);
-  bind(weights);
 }
 
 void CompiledPackage::bind(const std::vector<at::Tensor>& weights) {
@@ -287,7 +277,7 @@ void CompiledPackage::bind(const std::vector<at::Tensor>& weights) {
     kept.push_back(with_strides(weight.detach(), before.strides()));
     named.emplace(weight_names_[k], kept.back());
   }
-  runner_->loader().load_constants(named, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);
+  runner_->load_constants(named);
   bound_ = std::move(kept);
 }
 

@@ -32,15 +32,13 @@ class CompiledPackage final : public detail::LoadedProgram {
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& inputs,
                               std::optional<bool> training) override;
 
-  /// On its own device. With neither weights those that it has; else `read` are those that it
-  /// only reads, and `written` the others.
+  /// On its own device. `read` are the weights that it only reads, and `written` the others.
   std::vector<at::Tensor> run_here(const std::vector<at::Tensor>& inputs, at::TensorList read,
                                    at::TensorList written);
 
  private:
   bool are_bound(const std::vector<at::Tensor>& weights) const;  // under `mutex_`, as `bind`
   void bind(const std::vector<at::Tensor>& weights);
-  void bind_if_needed(const std::vector<at::Tensor>& weights);
   bool writes() const { return std::find(written_.begin(), written_.end(), true) != written_.end(); }
 
   const std::string path_;

@@ -135,7 +135,7 @@ Exported run_and_describe(const std::string& what, const std::string& format, bo
   Exported out;
   const c10::AutoGradMode grad(options.training_step || keeps_gradients);
   out.step = options.training_step ? trace_training_step(what, arguments, body, options.optimizers)
-                                   : TracedStep{trace_function(what, arguments, body, WritesWeights::kNo), {}};
+                                   : TracedStep{trace_function(what, arguments, body, WritesWeights::kNo, /*keeps_arguments=*/true), {}};
   const TracedFunction& traced = out.step.traced;
   const c10::AutoGradMode no_grad(false);
   for (const StepPtr& step : traced.run.steps) {

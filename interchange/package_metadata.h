@@ -35,7 +35,7 @@ std::string text_of(const PackagedWeights& weights);
 /// Nothing where somebody else made the package.
 std::optional<PackagedWeights> weights_in(const std::unordered_map<std::string, std::string>& metadata);
 
-/// Whether a call writes no argument, and returns new tensors that have nothing in common.
+/// Whether a call writes neither arguments nor weights, and returns new tensors that have nothing in common.
 inline constexpr const char* kFunctionalKey = "reprise_functional";
 bool is_functional(const std::unordered_map<std::string, std::string>& metadata);
 

@@ -191,7 +191,7 @@ Module export_script(Pack&& pack, FunctionBody body, const NamedTensors& named,
                     "reprise: export_torchscript: ", input_names.size(), " names for ", arguments.size(), " tensors");
   const c10::AutoGradMode no_grad(false);
   const TracedFunction traced =
-      trace_function("reprise: export_torchscript", arguments, body, WritesWeights::kYes);
+      trace_function("reprise: export_torchscript", arguments, body, WritesWeights::kYes, /*keeps_arguments=*/false);
   const Json trace = Json::parse(traced.trace);
 
   Holder holder(std::make_shared<torch::jit::CompilationUnit>(), next_name());

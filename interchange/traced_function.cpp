@@ -33,6 +33,13 @@ struct Subject {
   const OptimizerPtrs& optimizers;
 };
 
+/// The same elements at the same places from the first one on, in memory of their own.
+at::Tensor copy_in_place(const at::Tensor& tensor) {
+  int64_t reach = tensor.numel() == 0 ? 0 : 1;
+  for (int64_t dim = 0; reach > 0 && dim < tensor.dim(); ++dim) reach += (tensor.size(dim) - 1) * tensor.stride(dim);
+  return tensor.as_strided({reach}, {1}).clone().as_strided(tensor.sizes(), tensor.strides(), 0);
+}
+
 /// The steps with those numbers as dynamic scalars.
 std::vector<StepPtr> with_scalars(std::vector<StepPtr> steps, const CountedNumbers& numbers) {
   for (const auto& [step, argument, number] : numbers.places) {
@@ -43,14 +50,15 @@ std::vector<StepPtr> with_scalars(std::vector<StepPtr> steps, const CountedNumbe
   return steps;
 }
 
-TracedFunction trace_once(const Subject& subject, const std::vector<at::Tensor>& arguments) {
+/// `keeps_arguments`: `TracedFunction::arguments` are wanted.
+TracedFunction trace_once(const Subject& subject, const std::vector<at::Tensor>& arguments, bool keeps_arguments) {
   const auto& [what, body, writes, optimizers] = subject;
   TracedFunction out;
   const OptimizerState before = state_of(optimizers);
   for (const at::Tensor& argument : arguments) {
+    if (!keeps_arguments) break;
     Session::settle(lazy_storage(argument));
-    const at::Tensor own = unwrap(argument);
-    out.arguments.push_back(copy_lying_as(Geometry(*own.unsafeGetTensorImpl()), own.storage().nbytes(), own, own.device()));
+    out.arguments.push_back(copy_in_place(unwrap(argument)));
   }
   Session& session = Session::current();
   session.begin_function(next_function(), "what is exported", /*whole=*/true, /*watch=*/false);
@@ -147,7 +155,8 @@ std::string over_symbols(const Subject& subject, const TracedFunction& first,
     std::vector<uint32_t> symbols;  // in the order in which they come
     std::vector<at::Tensor> other = arguments;
     for (size_t k = 0; k < arguments.size(); ++k) {
-      if (first.writes_argument(k)) other[k] = arguments[k].detach().clone();
+      if (!first.writes_argument(k)) continue;
+      other[k] = copy_in_place(arguments[k].detach()).set_requires_grad(arguments[k].requires_grad());
     }
     for (const MarkedSize& mark : marks) {
       const auto known = std::find(symbols.begin(), symbols.end(), mark.symbol);
@@ -163,7 +172,7 @@ std::string over_symbols(const Subject& subject, const TracedFunction& first,
     }
     Session::current().mark_step("an example of another size is made");
     try {
-      const TracedFunction there = trace_once(subject, other);
+      const TracedFunction there = trace_once(subject, other, /*keeps_arguments=*/false);
       const SplitTrace elsewhere(there.trace);
       TORCH_CHECK(elsewhere.skeleton() == split.skeleton(), "the function does something else there");
       if (std::find(members.begin(), members.end(), elsewhere.integers) == members.end()) {
@@ -244,8 +253,10 @@ bool TracedFunction::writes_argument(size_t k) const {
 }
 
 bool TracedFunction::is_functional() const {
-  for (size_t k = 0; k < order.size(); ++k) {
-    if (writes_argument(k)) return false;
+  for (const StepPtr& step : run.steps) {
+    for (const uint32_t slot : step->written) {
+      if (run.inputs[slot] != nullptr) return false;
+    }
   }
   std::map<uint32_t, size_t> made;  // slots, with their bytes
   for (const StepPtr& step : run.steps) {
@@ -300,11 +311,11 @@ void generalise(const Subject& subject, TracedFunction& traced, const std::vecto
 }  // namespace
 
 TracedFunction trace_function(const std::string& what, const std::vector<at::Tensor>& arguments,
-                              FunctionBody body, WritesWeights writes) {
+                              FunctionBody body, WritesWeights writes, bool keeps_arguments) {
   expect_lazy(what, arguments);
   const OptimizerPtrs none;
   const Subject subject{what, body, writes, none};
-  TracedFunction traced = trace_once(subject, arguments);
+  TracedFunction traced = trace_once(subject, arguments, keeps_arguments);
   generalise(subject, traced, arguments);
   return traced;
 }
@@ -315,14 +326,14 @@ TracedStep trace_training_step(const std::string& what, const std::vector<at::Te
   constexpr int kMostRuns = 4;
   expect_lazy(what, arguments);
   const Subject subject{what, body, WritesWeights::kYes, optimizers};
-  TracedFunction last = trace_once(subject, arguments);
+  TracedFunction last = trace_once(subject, arguments, /*keeps_arguments=*/false);
   for (int runs = 1; runs < kMostRuns; ++runs) {
     Session::current().mark_step("a training step has run");
     TracedStep step;
     for (const TracedFunction::Weight& weight : last.weights({})) {
       step.before.push_back(weight.written ? weight.tensor.clone() : at::Tensor());
     }
-    step.traced = trace_once(subject, arguments);
+    step.traced = trace_once(subject, arguments, /*keeps_arguments=*/true);
     if (step.traced.trace == last.trace) {
       TORCH_CHECK(step.traced.run.inputs == last.run.inputs, what, ": the function uses a tensor that is another in "
                   "each call and no argument");

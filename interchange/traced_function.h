@@ -29,7 +29,8 @@ struct TracedFunction {
   std::unique_ptr<Program> program = std::make_unique<Program>();
   std::vector<at::Tensor> results;
   std::vector<int64_t> order;  ///< the program's input that each argument is
-  std::vector<at::Tensor> arguments;  ///< copies of what it was given, on the backing device
+  /// Copies of what it was given, on the backing device, where they are wanted.
+  std::vector<at::Tensor> arguments;
   std::vector<MarkedSize> marks;
   std::string trace;  ///< docs/trace_format.md, over symbols where sizes were marked
   /// Further inputs of the trace, after the program's slots.
@@ -47,7 +48,7 @@ struct TracedFunction {
   std::vector<Weight> weights(const NamedTensors& named) const;
 
   bool writes_argument(size_t k) const;
-  /// Whether it writes none of its arguments, and no two results have elements in common,
+  /// Whether it writes neither arguments nor weights, and no two results have elements in common,
   /// nor are parts of larger tensors.
   bool is_functional() const;
 };
@@ -55,10 +56,11 @@ struct TracedFunction {
 /// Whether a function may write tensors that are no arguments of it.
 enum class WritesWeights : bool { kNo, kYes };
 
-/// Runs `body` on lazy tensors, and at other sizes where sizes are marked. Throws c10::Error,
+/// Runs `body` on lazy tensors, and at other sizes where sizes are marked. `keeps_arguments`:
+/// `TracedFunction::arguments` are wanted, as memory again. Throws c10::Error,
 /// which begins with `what`, for what cannot be written to a file: see reprise/export.h.
 TracedFunction trace_function(const std::string& what, const std::vector<at::Tensor>& arguments,
-                              FunctionBody body, WritesWeights writes);
+                              FunctionBody body, WritesWeights writes, bool keeps_arguments);
 
 /// A training step, which writes weights.
 struct TracedStep {

@@ -6,9 +6,11 @@
 #include <torch/csrc/lazy/backend/backend_interface.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <string_view>
 
+#include "lazy_backend/storage.h"
 #include "reprise/device.h"
 
 namespace reprise {
@@ -27,14 +29,16 @@ struct DeviceType final : BackendDeviceType {
   }
 };
 
+int cuda_devices() { return at::hasCUDA() ? static_cast<int>(at::detail::getCUDAHooks().deviceCount()) : 0; }
+
 c10::Device choose_backing() {
   if (const char* wanted = std::getenv("REPRISE_BACKING")) return c10::Device(std::string(wanted));
-  return at::hasCUDA() && at::detail::getCUDAHooks().deviceCount() > 0 ? c10::kCUDA : c10::kCPU;
+  return cuda_devices() > 0 ? c10::kCUDA : c10::kCPU;
 }
 
 /// The lazy device that a thread begins with.
-c10::DeviceIndex first_index() {
-  static const auto index = std::max<c10::DeviceIndex>(choose_backing().index(), 0);
+std::atomic<c10::DeviceIndex>& first_index() {
+  static std::atomic<c10::DeviceIndex> index = std::max<c10::DeviceIndex>(choose_backing().index(), 0);
   return index;
 }
 
@@ -101,7 +105,7 @@ class Backend final : public torch::lazy::BackendImplInterface {
   at::DeviceType EagerFallbackDeviceType() const override { return backing(); }
 
   std::vector<BackendDevice> GetBackendDevices() const override {
-    const int count = backing() == c10::kCUDA ? at::detail::getCUDAHooks().deviceCount() : 1;
+    const int count = backing() == c10::kCUDA ? cuda_devices() : 1;
     std::vector<BackendDevice> devices;
     for (int i = 0; i < count; ++i) {
       devices.emplace_back(std::shared_ptr<BackendDeviceType>(type_), i);
@@ -190,6 +194,18 @@ c10::DispatchKeySet backing_key_set(c10::Device device) {
 
 bool is_backing_kind(c10::Device device) {
   return device.is_lazy() || device.type() == backend().backing();
+}
+
+void set_backing_device(c10::Device device) {
+  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "reprise: set_backing_device: cpu, cuda or cuda:i, not ",
+                    device);
+  TORCH_CHECK_VALUE(device.is_cpu() || std::max<int>(device.index(), 0) < cuda_devices(),
+                    "reprise: set_backing_device: there is no ", device, " here");
+  TORCH_CHECK(device.type() == backend().backing() || !LazyStorage::any_was_made(),
+              "reprise: set_backing_device: lazy tensors were made already, on ", backend().backing());
+  backend().SetDefaultDeviceType(static_cast<int8_t>(device.type()));
+  first_index() = device.is_cpu() ? c10::DeviceIndex{0} : std::max<c10::DeviceIndex>(device.index(), 0);
+  Guard().setDevice({c10::kLazy, first_index()});
 }
 
 c10::Device backing_device(c10::DeviceIndex lazy_index) { return backing_device_of(lazy_index); }

@@ -338,6 +338,15 @@ void Session::flush(const char* reason) {
   end_segment(reason);
 }
 
+void Session::interrupt(const char* reason) {
+  const std::lock_guard<SessionLock> guard(lock_);
+  if (closed_node_ != nullptr || !current_.empty()) end_segment(reason);
+  if (function_ == 0 || !function_broken_by_.empty()) return;
+  function_broken_by_ = reason;
+  TORCH_CHECK(!function_must_be_whole_, "reprise: ", function_name_, " cannot be replayed as one program: ", reason,
+              " here");
+}
+
 void Session::flush_where(c10::function_ref<bool(const Step&)> wanted, const char* reason) {
   const std::lock_guard<SessionLock> guard(lock_);
   const auto leads_by = [&](const Node* node) {
@@ -346,7 +355,9 @@ void Session::flush_where(c10::function_ref<bool(const Step&)> wanted, const cha
   };
   const auto is_wanted = [&](const StepPtr& step) { return wanted(*step); };
   const bool inferred = pattern_ != nullptr && std::any_of(log_.begin(), log_.end(), is_wanted);
-  if (leads_by(closed_node_) || leads_by(cursor_) || inferred) end_segment(reason);
+  if (!leads_by(closed_node_) && !leads_by(cursor_) && !inferred) return;
+  if (function_ != 0 && function_broken_by_.empty()) function_broken_by_ = reason;  // nothing is thrown
+  end_segment(reason);
 }
 
 void Session::end_segment(const char* reason) {

@@ -101,7 +101,10 @@ class Session final : private GuardListener {
   void abandon_function();
   /// Launches all that is pending here, if anything is.
   void flush(const char* reason);
-  /// As above where a step that is pending here is `wanted`.
+  /// As above, for what is about to run beside the trace: a compiled function with it in it is
+  /// not replayed, which throws where it must be.
+  void interrupt(const char* reason);
+  /// As `flush` where a step that is pending here is `wanted`.
   void flush_where(c10::function_ref<bool(const Step&)> wanted, const char* reason);
 
   // For tests, benchmarks and reports.

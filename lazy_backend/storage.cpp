@@ -56,13 +56,16 @@ c10::StorageExtraMeta* shared_message() {
   return message;
 }
 
+std::atomic<uint64_t> next_uid_block{1};
+
 }  // namespace
+
+bool LazyStorage::any_was_made() { return next_uid_block.load(std::memory_order_relaxed) > 1; }
 
 LazyStorage::LazyStorage(size_t nbytes, c10::DeviceIndex index)
     : c10::StorageImpl(use_byte_size_t{}, c10::SymInt(static_cast<int64_t>(nbytes)),
                        c10::DataPtr(nullptr, c10::Device(c10::kLazy, index)),
                        /*allocator=*/nullptr, /*resizable=*/false) {
-  static std::atomic<uint64_t> next_uid_block{1};
   constexpr uint64_t kBlock = 1 << 16;
   thread_local uint64_t next = 0, end = 0;
   if (C10_UNLIKELY(next == end)) {

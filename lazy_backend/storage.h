@@ -86,6 +86,8 @@ class LazyStorage final : public c10::StorageImpl {
 
   /// The number of lazy storages that this thread made, less those it released.
   static int64_t live_on_this_thread();
+  /// By any thread of this process, until now.
+  static bool any_was_made();
 
  private:
   c10::Storage backing_;

@@ -2,6 +2,7 @@
 #include <sstream>
 
 #include "reprise/reprise.h"
+#include "tests/expect_error.h"
 #include "tests/three_ways.h"
 
 namespace reprise::test {
@@ -37,6 +38,24 @@ TEST_F(Device, TensorsSayWhereTheyLive) {
   EXPECT_EQ(x.to(torch::kCPU).device().type(), torch::kCPU);
   EXPECT_EQ(torch::empty_like(x).device(), x.device());
   EXPECT_EQ(torch::zeros({2}, x.options()).device(), x.device());
+}
+
+TEST_F(Device, ItsKindIsChosenBeforeItIsUsed) {
+  const auto before = backing_device();
+  const auto some = torch::ones({2}).to(torch::kLazy);
+  set_backing_device(before);
+  EXPECT_EQ(backing_device(), before);
+  EXPECT_EQ((torch::ones({2}, torch::kLazy) + some).sum().item<float>(), 4.0f);
+  expect_error<c10::ValueError>([] { set_backing_device(torch::kMeta); }, "cpu, cuda or cuda:i, not meta");
+  expect_error<c10::ValueError>([] { set_backing_device({torch::kCUDA, 100}); }, "there is no cuda:100 here");
+  if (torch::cuda::is_available()) {
+    const auto other = before.is_cpu() ? torch::kCUDA : torch::kCPU;
+    expect_error([&] { set_backing_device(other); }, "lazy tensors were made already");
+  }
+  if (!before.is_cuda() || torch::cuda::device_count() < 2) return;
+  set_backing_device({torch::kCUDA, 1});
+  EXPECT_EQ(torch::ones({2}, torch::kLazy).device().index(), 1);
+  set_backing_device(before);
 }
 
 TEST_F(Device, FactoriesMakeLazyTensors) {

@@ -354,6 +354,51 @@ TEST_F(Packages, OursSayWhetherACallIsFunctional) {
   EXPECT_EQ(since(before).compile_failures, 0u);
 }
 
+TEST_F(Packages, ArgumentsOfAnExampleMayOverlap) {
+  torch::NoGradGuard no_grad;
+  const auto x = given(torch::kCPU, {3, 4}, 1).to(torch::kLazy);
+  const auto row = given(torch::kCPU, {1, 5}, 2).to(torch::kLazy).slice(1, 1).expand({3, 4});
+  export_package([](const torch::Tensor& a, const torch::Tensor& b) { return a * b; }, std::tuple(x, row), path("rows.pt2"));
+  const auto loaded = load_package(path("rows.pt2"));
+  expect_close(loaded->run({x, row})[0], x.cpu() * row.cpu());
+}
+
+TEST_F(Packages, WeightsAreThoseOfTheCall) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
+  torch::NoGradGuard no_grad;
+  const auto net = load_package(path("compiled.pt2"), {.functional = true}), there = load_package(path("compiled.pt2"));
+  const auto widen = [](const torch::Tensor& y) { return torch::cat({y, y}, 1); };
+  const auto x = given(torch::kCPU, {5, 6}, 4);
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    SCOPED_TRACE(repeat);
+    net->to(torch::kLazy);
+    mark_step();
+    const auto once = net->forward(x.to(torch::kLazy));  // pending, with these weights
+    net->to(torch::kCPU);
+    const auto before = there->forward(x);
+    for (const auto& module : {net, there}) module->named_parameters()["0.weight"].mul_(1.5);
+    expect_close(net->forward(widen(once)), there->forward(widen(before)), 10);
+    expect_close(once, before, 10);
+  }
+}
+
+TEST_F(Packages, AFunctionThatCallsWhatIsNoStepIsNotReplayed) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
+  torch::NoGradGuard no_grad;
+  const auto package = load_package(path("compiled.pt2"));
+  const auto body = [package](const torch::Tensor& x) { return package->forward(x) * 2; };
+  const auto x = given(torch::kCPU, {5, 6}, 5);
+  const auto whole = compile(body, {.fullgraph = true});
+  expect_error([&] { whole(x.to(torch::kLazy)); }, "a package that is not known to be functional was called here");
+  const auto loose = compile(body);
+  for (int repeat = 0; repeat < 4; ++repeat) {
+    package->named_parameters()["0.weight"].mul_(1.5);
+    expect_close(loose(x.to(torch::kLazy)), body(x), 10);
+  }
+  expect_error([&] { export_package(body, std::tuple(x.to(torch::kLazy)), path("nested.pt2")); },
+               "a package that is not known to be functional was called here");
+}
+
 TEST_F(Packages, AnUnloadedPackageHasDoneItsWork) {
   if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
   torch::NoGradGuard no_grad;

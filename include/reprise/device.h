@@ -27,4 +27,13 @@ REPRISE_API void wait_for_compiles();
 /// The device on which lazy tensors with this index live.
 REPRISE_API c10::Device backing_device(c10::DeviceIndex lazy_index = 0);
 
+/// Puts a kind of device behind `torch::kLazy`, as `REPRISE_BACKING` does when the library is
+/// loaded: `cpu`, `cuda` or `cuda:i`. The index is the one that a plain `torch::kLazy` means in
+/// the calling thread, and in threads that meet the device later.
+///
+/// The kind can be changed until the first lazy tensor is made, and while no other thread uses
+/// the device. Throws c10::ValueError for other kinds and for a device that is not there,
+/// c10::Error where lazy tensors have been made on another kind.
+REPRISE_API void set_backing_device(c10::Device device);
+
 }  // namespace reprise

@@ -170,8 +170,8 @@ REPRISE_API void export_program(Pack&& arguments,
 /// all other sizes are fixed. To find out what follows from a marked size, the function runs
 /// at a few others too, on tensors that repeat the example's elements.
 ///
-/// Blocks for the seconds that the compile takes, then runs the package on the example
-/// arguments. Throws a c10::Error where the function reads a value in the middle, writes a
+/// Blocks for the seconds that the compile takes, then runs the package on a copy of the
+/// example arguments. Throws a c10::Error where the function reads a value in the middle, writes a
 /// tensor that is no argument (but see `options.training_step`), returns what it has not made,
 /// draws random numbers, or needs fixed what was marked; where nothing can be compiled; and
 /// where the package gives other values than the function did. Grad mode is off while the
