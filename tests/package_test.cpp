@@ -363,6 +363,19 @@ TEST_F(Packages, ArgumentsOfAnExampleMayOverlap) {
   expect_close(loaded->run({x, row})[0], x.cpu() * row.cpu());
 }
 
+TEST_F(Packages, WhatIsReturnedIsNoArgument) {
+  torch::NoGradGuard no_grad;
+  const auto x = given(torch::kCPU, {3, 4}, 1).to(torch::kLazy);
+  // The compiler takes such ops out.
+  export_package([](const torch::Tensor& a) { return std::tuple(a + torch::zeros_like(a), a * torch::ones_like(a)); },
+                 std::tuple(x), path("nothing.pt2"));
+  const auto y = given(eager_device(), {3, 4}, 2), before = y.clone();
+  const Tensors results = load_package(path("nothing.pt2"))->run({y});
+  results[0].zero_();
+  expect_same_bits(results[1], before);
+  expect_same_bits(y, before);
+}
+
 TEST_F(Packages, WeightsAreThoseOfTheCall) {
   if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
   torch::NoGradGuard no_grad;

@@ -222,6 +222,15 @@ class Outputs(CompilerTest):
     def test_a_clone_of_an_input_does_not_alias_it(self):
         self.check(lambda x: x.clone(), [torch.randn(5)])
 
+    def test_what_nothing_is_added_to_is_not_returned(self):
+        def f(x, y):
+            a = x + torch.zeros_like(x)
+            b = y * torch.ones_like(y)
+            y.add_(1)
+            return a, b
+
+        self.check(f, [torch.randn(5), torch.randn(2, 3)])
+
     def test_equal_outputs_do_not_alias_each_other(self):
         def f(x):
             a = x + 1

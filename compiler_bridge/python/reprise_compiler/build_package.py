@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from . import torch_patches
 from .fills import round_fills, split_complex_numbers
-from .mutations import copy_old_values_first
+from .mutations import copy_old_values_first, copy_returned_inputs
 from .symbols import Symbols
 from .toolchain import Toolchain
 from .trace_to_fx import TraceProgram, read_trace
@@ -41,6 +41,7 @@ _ELEMENTS_FOR_A_TEAM = 16384
 def _before_lowering(graph: Graph) -> None:
     """A `post_grad_custom_post_pass`."""
     copy_old_values_first(graph)
+    copy_returned_inputs(graph)
     split_complex_numbers(graph)
 
 

@@ -1,4 +1,5 @@
-"""Reads of an input's old value that Inductor would place after its update.
+"""Reads of an input's old value that Inductor would place after its update, and outputs
+that would be an input.
 
 AOTAutograd ends a graph with a `copy_` into each input that the program writes, one
 after the other. Where the value to be copied *is* an input, or a view of one, and that
@@ -29,6 +30,22 @@ def copy_old_values_first(graph: Graph) -> None:
             old.meta.update(value.meta)
             copy.replace_input_with(value, old)
         written.add(destination)
+
+
+def copy_returned_inputs(graph: Graph) -> None:
+    """After the passes on the graph: no output is an input, or a view of one. Adding a tensor
+    of zeros is taken out, and what it returned is its argument then (torch 2.11.0,
+    joint_graph.remove_no_ops): the caller's own tensor, or its value after an update.
+    """
+    output = graph.output_node()
+    copies = graph.find_nodes(op="call_function", target=_copy)
+    for value in output.all_input_nodes:
+        if _shown_by(value).op not in ("placeholder", "get_attr"):
+            continue
+        with graph.inserting_before(copies[0] if copies else output):
+            own = graph.call_function(torch.ops.aten.clone.default, (value,))
+        own.meta.update(value.meta)
+        output.replace_input_with(value, own)
 
 
 def is_written(node: Node) -> bool:
