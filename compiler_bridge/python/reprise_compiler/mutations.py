@@ -39,13 +39,16 @@ def copy_returned_inputs(graph: Graph) -> None:
     """
     output = graph.output_node()
     copies = graph.find_nodes(op="call_function", target=_copy)
-    for value in output.all_input_nodes:
-        if _shown_by(value).op not in ("placeholder", "get_attr"):
-            continue
+
+    def own(value: Node | None) -> Node | None:
+        if not isinstance(value, Node) or _shown_by(value).op not in ("placeholder", "get_attr"):
+            return value
         with graph.inserting_before(copies[0] if copies else output):
-            own = graph.call_function(torch.ops.aten.clone.default, (value,))
-        own.meta.update(value.meta)
-        output.replace_input_with(value, own)
+            copy = graph.call_function(torch.ops.aten.clone.default, (value,))
+        copy.meta.update(value.meta)
+        return copy
+
+    output.args = (type(output.args[0])(own(value) for value in output.args[0]),)
 
 
 def is_written(node: Node) -> bool:
