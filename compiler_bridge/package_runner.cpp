@@ -32,13 +32,11 @@ class CpuRunner final : public PackageRunner {
     called_.store(true, std::memory_order_release);
     return outputs;
   }
-  void load_constants(std::unordered_map<std::string, at::Tensor>& constants) override {
-    loader_.load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);
-    called_.store(false, std::memory_order_release);
-  }
   torch::inductor::AOTIModelPackageLoader& loader() override { return loader_; }
 
  private:
+  void constants_changed() override { called_.store(false, std::memory_order_release); }
+
   std::mutex first_call_;
   std::atomic<bool> called_{false};
   torch::inductor::AOTIModelPackageLoader loader_;
@@ -55,9 +53,6 @@ class GpuRunner final : public PackageRunner {
     const std::lock_guard lock(mutex_);
     return loader_.boxed_run(std::move(inputs));
   }
-  void load_constants(std::unordered_map<std::string, at::Tensor>& constants) override {
-    loader_.load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);
-  }
   torch::inductor::AOTIModelPackageLoader& loader() override { return loader_; }
 
  private:
@@ -66,6 +61,11 @@ class GpuRunner final : public PackageRunner {
 };
 
 }  // namespace
+
+void PackageRunner::load_constants(std::unordered_map<std::string, at::Tensor>& constants) {
+  loader().load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);
+  constants_changed();
+}
 
 std::shared_ptr<PackageRunner> load_package_runner(const std::string& path, c10::Device device,
                                                    const std::string& name) {

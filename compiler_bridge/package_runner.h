@@ -19,8 +19,11 @@ class PackageRunner : public Runner {
  public:
   /// Others in the places of some of its constants, which stay the caller's. No call of it may
   /// be running.
-  virtual void load_constants(std::unordered_map<std::string, at::Tensor>& constants) = 0;
+  void load_constants(std::unordered_map<std::string, at::Tensor>& constants);
   virtual torch::inductor::AOTIModelPackageLoader& loader() = 0;
+
+ private:
+  virtual void constants_changed() {}
 };
 
 /// Loads the program `name` of the package at `path`, which was made for `device`. On a GPU it

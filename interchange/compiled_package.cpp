@@ -25,8 +25,6 @@
 namespace reprise {
 namespace {
 
-constexpr const char* kCall = "reprise::call_package";
-
 /// Those that are loaded, by their key: an op of the dispatcher takes no pointer.
 struct Packages {
   std::mutex mutex;
@@ -71,7 +69,7 @@ std::vector<at::Tensor> call_package_as_recorded(c10::string_view key, at::Tenso
 }
 
 // A call that may write, or of which little is known, is no step of a trace; `call_package` is
-// one (op_policy.cpp). Compiled programs call its overload `as_recorded`: see trace_writer.h.
+// one (op_policy.cpp). Compiled programs call its overload `as_recorded`: see trace_writer.cpp.
 TORCH_LIBRARY_FRAGMENT(reprise, m) {
   m.def("run_package(str package, Tensor[] inputs, Tensor[] weights, Tensor(a!)[] written) -> Tensor[]");
   m.def("call_package(str package, Tensor[] inputs, Tensor[] weights) -> Tensor[]");
@@ -173,7 +171,7 @@ CompiledPackage::CompiledPackage(Pt2Archive& archive, const std::string& name, b
 CompiledPackage::~CompiledPackage() {
   // What waits for a call of it is not to wait until it is gone.
   const auto calls = [&](const Step& step) {
-    return step.op.operator_name().name == kCall && step.args[0].constant().toStringView() == key_;
+    return step.op.operator_name().name == kPackageCall && step.args[0].constant().toStringView() == key_;
   };
   if (was_step_) {
     for (Session* session : Session::all()) {
@@ -235,7 +233,7 @@ std::vector<at::Tensor> CompiledPackage::run(const std::vector<at::Tensor>& weig
   if (functional_ && !writes() && all_lazy(inputs) && all_lazy(weights)) {
     was_step_ = true;
     using Call = std::vector<at::Tensor>(c10::string_view, at::TensorList, at::TensorList);
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kCall, "").typed<Call>();
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kPackageCall, "").typed<Call>();
     return op.call(key_, inputs, weights);
   }
   if (any_lazy(inputs) || any_lazy(weights) || traced_function() != 0) {

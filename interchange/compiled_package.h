@@ -19,6 +19,9 @@ namespace reprise {
 /// it lay when it was compiled.
 at::Tensor with_strides(const at::Tensor& tensor, c10::IntArrayRef strides);
 
+/// The op that is a step of a trace: a call of a package that is functional.
+inline constexpr const char* kPackageCall = "reprise::call_package";
+
 /// Safe to run from several threads at once. Weights that are set while it runs are used by
 /// later calls.
 class CompiledPackage final : public detail::LoadedProgram {

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "compiler_bridge/trace_writer.h"
+#include "interchange/compiled_package.h"
 #include "lazy_backend/device.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/session.h"
@@ -35,8 +36,9 @@ struct Subject {
 
 /// The same elements at the same places from the first one on, in memory of their own.
 at::Tensor copy_in_place(const at::Tensor& tensor) {
-  int64_t reach = tensor.numel() == 0 ? 0 : 1;
-  for (int64_t dim = 0; reach > 0 && dim < tensor.dim(); ++dim) reach += (tensor.size(dim) - 1) * tensor.stride(dim);
+  Geometry geometry(*tensor.unsafeGetTensorImpl());
+  geometry.offset = 0;
+  const auto reach = static_cast<int64_t>(geometry.nbytes() / tensor.itemsize());
   return tensor.as_strided({reach}, {1}).clone().as_strided(tensor.sizes(), tensor.strides(), 0);
 }
 
@@ -87,7 +89,7 @@ TracedFunction trace_once(const Subject& subject, const std::vector<at::Tensor>&
   for (const StepPtr& step : run.steps) {
     TORCH_CHECK(step->randomness == Randomness::kNone, what, ": ",
                 step->op.operator_name(), " draws random numbers; is the module in training mode?");
-    TORCH_CHECK(step->op.operator_name().name != "reprise::call_package", what,
+    TORCH_CHECK(step->op.operator_name().name != kPackageCall, what,
                 ": the function calls a package that was loaded, which cannot be put into another one");
     for (const uint32_t slot : step->written) {
       TORCH_CHECK(writes == WritesWeights::kYes || run.inputs[slot] == nullptr || is_argument(run.inputs[slot].get()),

@@ -268,7 +268,11 @@ void Session::watch_arguments(c10::ArrayRef<c10::IValue> arguments) {
 
 void Session::break_function(const char* reason) {
   const bool empty = log_.empty() && (cursor_ == nullptr || cursor_ == root_);
-  if (empty || !function_broken_by_.empty()) return;
+  if (!empty) note_break(reason);
+}
+
+void Session::note_break(const char* reason) {
+  if (function_ == 0 || !function_broken_by_.empty()) return;
   function_broken_by_ = reason;
   TORCH_CHECK(!function_must_be_whole_, "reprise: ", function_name_,
               " cannot be replayed as one program: ", reason, " here");
@@ -339,12 +343,9 @@ void Session::flush(const char* reason) {
 }
 
 void Session::interrupt(const char* reason) {
+  flush(reason);
   const std::lock_guard<SessionLock> guard(lock_);
-  if (closed_node_ != nullptr || !current_.empty()) end_segment(reason);
-  if (function_ == 0 || !function_broken_by_.empty()) return;
-  function_broken_by_ = reason;
-  TORCH_CHECK(!function_must_be_whole_, "reprise: ", function_name_, " cannot be replayed as one program: ", reason,
-              " here");
+  note_break(reason);
 }
 
 void Session::flush_where(c10::function_ref<bool(const Step&)> wanted, const char* reason) {

@@ -130,6 +130,8 @@ class Session final : private GuardListener {
   void watch_arguments(c10::ArrayRef<c10::IValue> arguments);
   /// A segment of a compiled function ends before the function does.
   void break_function(const char* reason);
+  /// The compiled function, if any, is not replayed for this reason. Throws where it must be.
+  void note_break(const char* reason);
   /// The end at `node`, as the one that ran last.
   SegmentEnd& reached(Node& node);
   void begin_segment();
