@@ -120,8 +120,14 @@ std::vector<CachedProgram> ArtifactStore::packages() const {
     // Another process may remove any of them meanwhile.
     struct stat info {};
     if (::stat(entry.path().c_str(), &info) != 0) continue;
-    packages.push_back({entry.path().string(), static_cast<uint64_t>(info.st_size),
-                        static_cast<int64_t>(info.st_mtim.tv_sec), ""});
+    // Whole: several may be used within a second.
+    const auto last_used = std::chrono::seconds(info.st_mtim.tv_sec) +
+                           std::chrono::nanoseconds(info.st_mtim.tv_nsec);
+    using std::chrono::system_clock;
+    packages.push_back(
+        {entry.path().string(), static_cast<uint64_t>(info.st_size),
+         system_clock::time_point(std::chrono::duration_cast<system_clock::duration>(last_used)),
+         ""});
   }
   std::sort(packages.begin(), packages.end(), [](const CachedProgram& a, const CachedProgram& b) {
     return a.last_used > b.last_used;

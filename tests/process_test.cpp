@@ -397,6 +397,28 @@ TEST(CacheFolder, WhatWasNotUsedForLongestMakesRoom) {
   EXPECT_FALSE(std::filesystem::exists(first[0]));
 }
 
+TEST(CacheFolder, WhatWasUsedLaterInOneSecondStays) {
+  const std::string folder = make_folder("moments");
+  const auto second = std::filesystem::file_time_type(std::chrono::seconds(1'000));
+  constexpr int kPrograms = 16, kKept = 8;
+  for (int k = 0; k < kPrograms; ++k) {
+    const std::string package = c10::str(folder, "/", k, ".pt2");
+    std::ofstream(package) << "!";
+    // In the order 7, 14, 5, ..., which is neither that of the names nor of their making.
+    const int rank = (7 * (k + 1)) % kPrograms;
+    std::filesystem::last_write_time(package, second + std::chrono::milliseconds(10 * rank));
+  }
+  const auto tool = std::filesystem::path(plain_program()).parent_path() / "reprise-cache";
+  const Ended ended =
+      run_child({tool.string(), "--folder", folder, "prune", std::to_string(kKept)});
+  EXPECT_EQ(ended.count("8 programs are removed"), 1u) << ended.output;
+  for (int k = 0; k < kPrograms; ++k) {
+    EXPECT_EQ(std::filesystem::exists(c10::str(folder, "/", k, ".pt2")),
+              (7 * (k + 1)) % kPrograms >= kPrograms - kKept)
+        << k;
+  }
+}
+
 TEST(CacheFolder, ADamagedProgramIsCompiledAgain) {
   const std::string folder = make_folder("damaged");
   const Settings settings{

@@ -48,8 +48,8 @@ std::string device_of(const Metadata& metadata) {
                          : device + " sm_" + field(metadata, "AOTI_COMPUTE_CAPABILITY");
 }
 
-std::string time_text(int64_t seconds) {
-  const auto time = static_cast<std::time_t>(seconds);
+std::string time_text(std::chrono::system_clock::time_point point) {
+  const std::time_t time = std::chrono::system_clock::to_time_t(point);
   char text[32];
   std::strftime(text, sizeof text, "%Y-%m-%d %H:%M", std::localtime(&time));
   return text;

@@ -5,6 +5,7 @@
 /// may be called from any thread, and while other processes use the folder.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -16,7 +17,7 @@ namespace reprise {
 struct CachedProgram {
   std::string path;       ///< of the package; its name is the key of what was compiled
   uint64_t bytes = 0;
-  int64_t last_used = 0;  ///< seconds since 1970
+  std::chrono::system_clock::time_point last_used;
   /// Where a program over symbols holds, a condition a line; empty for one of fixed sizes.
   std::string guards;
 };
