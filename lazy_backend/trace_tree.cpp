@@ -225,6 +225,15 @@ void TraceTree::clear() {
   size_ = bytes_ = 0;
 }
 
+namespace {
+/// Of float32 products. `Context::float32MatmulPrecision` knows the older of two ways to set
+/// it, and throws where the newer one was used.
+at::Float32Precision matmul_precision(c10::DeviceType device) {
+  const auto backend = device == c10::kCPU ? at::Float32Backend::MKLDNN : at::Float32Backend::CUDA;
+  return at::globalContext().float32Precision(backend, at::Float32Op::MATMUL);
+}
+}  // namespace
+
 uint64_t& traced_function() {
   thread_local uint64_t function = 0;
   return function;
@@ -235,8 +244,9 @@ uint64_t environment_key() {
   uint64_t key = static_cast<uint64_t>(c10::get_default_dtype().toScalarType());
   key = key << 1 | static_cast<uint64_t>(context.deterministicAlgorithms());
   key = key << 1 | static_cast<uint64_t>(context.deterministicFillUninitializedMemory());
-  key = key << 2 | static_cast<uint64_t>(context.float32MatmulPrecision());
-  key = key << 8 | static_cast<uint64_t>(backing_device_of(0).type());
+  const auto device = backing_device_of(0).type();
+  key = key << 3 | static_cast<uint64_t>(matmul_precision(device));
+  key = key << 8 | static_cast<uint64_t>(device);
   return key << 32 | traced_function();
 }
 
@@ -247,15 +257,15 @@ std::string environment_text(uint64_t key) {
     key >>= bits;
     return value;
   };
-  const auto precision = static_cast<at::Float32MatmulPrecision>(take(2));
+  const auto precision = static_cast<at::Float32Precision>(take(3));
   const bool fills = take(1) != 0, deterministic = take(1) != 0;
   const auto dtype = static_cast<c10::ScalarType>(key);
   std::string text;
   if (dtype != c10::kFloat) text += c10::str(" default_dtype=", dtype);
   if (deterministic) text += " deterministic";
   if (deterministic && !fills) text += " unfilled";
-  if (precision != at::Float32MatmulPrecision::HIGHEST) {
-    text += c10::str(" matmul_precision=", static_cast<int>(precision));
+  if (precision != at::Float32Precision::NONE) {
+    text += " matmul_precision=" + at::precision2str(precision);
   }
   return text.empty() ? text : text.substr(1);
 }

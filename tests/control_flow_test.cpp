@@ -267,6 +267,26 @@ TEST_F(ControlFlow, TheDefaultDtypeIsPartOfTheTrace) {
   torch::set_default_dtype(c10::scalarTypeToTypeMeta(torch::kFloat));
 }
 
+TEST_F(ControlFlow, MatmulPrecisionMayBeSetForOneBackend) {
+  struct Setting {
+    explicit Setting(at::Float32Precision precision) {
+      at::globalContext().setFloat32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL, precision);
+    }
+  };
+  struct Reset {
+    ~Reset() { Setting{at::Float32Precision::NONE}; }
+  } reset;
+  expect_eager(
+      [](torch::Device device) -> Step {
+        const auto x = random(device, {8, 8});
+        return [=](int k) -> Tensors {
+          Setting{k % 4 == 3 ? at::Float32Precision::IEEE : at::Float32Precision::BF16};
+          return {x.mm(x).relu() + 1};
+        };
+      },
+      24, /*compile=*/true);
+}
+
 TEST_F(ControlFlow, ManyReadsInOneStep) {
   expect_eager_in_both(
       [](torch::Device device) -> Step {
