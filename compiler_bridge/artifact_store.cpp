@@ -8,6 +8,11 @@
 #include <torch/csrc/lazy/core/hash.h>
 #include <torch/version.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#else
+#include <sys/auxv.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -16,6 +21,7 @@
 #include <fstream>
 #include <iterator>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "compiler_id.h"
@@ -61,6 +67,24 @@ constexpr const char* kUnfinished = ".partial-";
 /// One that is older was left by a process that ended.
 constexpr std::chrono::hours kLongestCompile{24};
 
+/// The instructions that this processor has: programs are compiled for all of them
+/// (`-march=native`), and a folder may serve several machines.
+std::string processor_features() {
+  std::string features;
+#if defined(__x86_64__)
+  constexpr std::pair<unsigned, unsigned> kLeaves[] = {{1, 0}, {7, 0}, {7, 1}, {0xd, 1}, {0x80000001, 0}};
+  for (const auto& [leaf, subleaf] : kLeaves) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    __get_cpuid_count(leaf, subleaf, &a, &b, &c, &d);
+    if (leaf == 1) a = b = 0;  // model and number of the core
+    features += c10::str(a, ".", b, ".", c, ".", d, ".");
+  }
+#else
+  features = c10::str(::getauxval(AT_HWCAP), ".", ::getauxval(AT_HWCAP2));
+#endif
+  return features;
+}
+
 /// With its guards, which it needs: they go last.
 void remove_package(const std::string& file) {
   ::unlink(file.c_str());
@@ -90,9 +114,10 @@ ArtifactStore::ArtifactStore() {
 }
 
 std::string ArtifactStore::key(const std::string& trace) const {
+  static const std::string processor = processor_features();
   const std::string about =
       c10::str(kFormat, "|", REPRISE_COMPILER_ID, "|", TORCH_VERSION, "|", at::get_cpu_capability(),
-               "|", gpu_model(backing_device_of(0)), "|");
+               "|", processor, "|", gpu_model(backing_device_of(0)), "|");
   const auto low = torch::lazy::MHash(about, trace);
   const auto high = torch::lazy::MHash(trace, about, trace.size());
   return torch::lazy::HashToString(low) + torch::lazy::HashToString(high);

@@ -21,7 +21,7 @@ class ArtifactStore {
   static ArtifactStore& get();
 
   /// The name for a trace: of its text, the compiler package's sources, torch's
-  /// version, the device's capability and the store's format.
+  /// version, what the processor and the GPU can do, and the store's format.
   std::string key(const std::string& trace) const;
 
   /// The path of a stored package, or nothing. The package counts as used now.
