@@ -15,8 +15,10 @@
 ///   verified            ops of the timed calls that were verified, not replayed
 ///   share_of_cores      calls of all threads in proportion to those of one thread times the
 ///                       cores
-///   eager_share         the same of eager, each thread with tensors of its own: what the machine
-///                       gives such work
+///   eager_share         the same of eager, each thread with tensors of its own
+///   machine_share       the same of a loop that touches no memory: what the machine gives. Below
+///                       1 the cores are not the program's alone, and the others are to be seen
+///                       in proportion to it
 ///   ms_to_first_replay  from the end of the first step, which is recorded, to the end of the
 ///                       first that a compiled program has a part in; median of the starts
 ///   python_mapped       whether a start has had libpython in its memory, 0 or 1
@@ -153,6 +155,16 @@ void threads(benchmark::State& state) {
     const auto x = torch::rand({32, 64}), own_weight = torch::rand({64, 64});
     for (int64_t k = 0; k < calls; ++k) layers(x, own_weight);
   };
+  const auto registers = [](int64_t calls) {
+    constexpr int kSteps = 20'000;  // about a call's time
+    uint64_t x = 88172645463325252u;
+    for (int64_t k = 0; k < calls * kSteps; ++k) {  // xorshift: each step needs the one before
+      x ^= x << 13;
+      x ^= x >> 7;
+      x ^= x << 17;
+    }
+    benchmark::DoNotOptimize(x);
+  };
   for (int call = 0; call < 64; ++call) {
     work(1);
     reprise::wait_for_compiles();
@@ -173,6 +185,7 @@ void threads(benchmark::State& state) {
   for (auto _ : state) work(1);
   state.counters["share_of_cores"] = share_of_cores(work);
   state.counters["eager_share"] = share_of_cores(eager_work);
+  state.counters["machine_share"] = share_of_cores(registers);
 }
 
 /// What a start of the small program tells of itself.
