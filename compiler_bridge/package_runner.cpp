@@ -1,12 +1,20 @@
 #include "compiler_bridge/package_runner.h"
 
+#include <ATen/core/Tensor.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <mutex>
+#include <span>
 
 namespace reprise {
 namespace {
+
+using torch::aot_inductor::tensor_handle_to_tensor_pointer;
+using torch::aot_inductor::tensor_pointer_to_tensor_handle;
 
 /// A program without any computation is made for the CPU, wherever its inputs are.
 bool runs_on_gpu(const std::string& path, const std::string& name) {
@@ -16,16 +24,72 @@ bool runs_on_gpu(const std::string& path, const std::string& name) {
   return device != metadata.end() && device->second != "cpu";
 }
 
+/// The code of a loaded package, called as AOTIModelContainerRunner::boxed_run does (torch
+/// 2.11), without its lists and its table of results, which cost more than a small program.
+class Entrance {
+ public:
+  explicit Entrance(const torch::inductor::AOTIModelContainerRunner& loaded) {
+    struct Members : torch::inductor::AOTIModelContainerRunner {
+      static void take(const AOTIModelContainerRunner& from, Entrance& to) {
+        to.run_ = from.*(&Members::run_func_);
+        to.container_ = from.*(&Members::container_handle_);
+        to.proxy_executor_ = from.*(&Members::proxy_executor_handle_);
+        const auto count = from.*(&Members::get_num_outputs_func_);
+        TORCH_CHECK(count(to.container_, &to.results_) == AOTI_RUNTIME_SUCCESS);
+      }
+    };
+    Members::take(loaded, *this);
+  }
+
+  /// Takes the inputs away.
+  std::vector<at::Tensor> call(std::vector<at::Tensor>&& inputs) const {
+    // Handles are tensors on the heap: the code frees those of the inputs, we those it returns.
+    std::array<AtenTensorHandle, 32> few;
+    std::vector<AtenTensorHandle> many;
+    std::span<AtenTensorHandle> handles = few;
+    const size_t count = inputs.size() + results_;
+    if (count > few.size()) {
+      many.resize(count);
+      handles = many;
+    }
+    const auto given = handles.subspan(0, inputs.size());
+    const auto returned = handles.subspan(inputs.size(), results_);
+    std::transform(inputs.begin(), inputs.end(), given.begin(), [](at::Tensor& input) {
+      return tensor_pointer_to_tensor_handle(new at::Tensor(std::move(input)));
+    });
+    TORCH_CHECK(run_(container_, given.data(), given.size(), returned.data(), returned.size(),
+                     /*stream_handle=*/nullptr, proxy_executor_) == AOTI_RUNTIME_SUCCESS,
+                "a compiled package failed, for the reason that it has printed");
+    inputs.clear();
+    for (const AtenTensorHandle handle : returned) {
+      inputs.push_back(*tensor_handle_to_tensor_pointer(handle));
+    }
+    // One that is returned in two places is one handle.
+    std::sort(returned.begin(), returned.end());
+    const auto end = std::unique(returned.begin(), returned.end());
+    std::for_each(returned.begin(), end, [](AtenTensorHandle handle) {
+      delete tensor_handle_to_tensor_pointer(handle);
+    });
+    return std::move(inputs);
+  }
+
+ private:
+  decltype(&AOTInductorModelContainerRun) run_ = nullptr;
+  AOTInductorModelContainerHandle container_ = nullptr;
+  AOTIProxyExecutorHandle proxy_executor_ = nullptr;
+  size_t results_ = 0;
+};
+
 /// On the CPU, what a program does touches nothing of the loaded model but its constants
 /// (`run_impl` of the generated code, torch 2.11), so calls need not wait for each other, nor
 /// take turns with several models: only the first one, which finishes the constants, is alone.
 class CpuRunner final : public PackageRunner {
  public:
   CpuRunner(const std::string& path, const std::string& name)
-      : loader_(path, name, /*run_single_threaded=*/true) {}
+      : loader_(path, name, /*run_single_threaded=*/true), entrance_(*loader_.get_runner()) {}
   std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
     if (C10_LIKELY(called_.load(std::memory_order_acquire))) {
-      return loader_.boxed_run(std::move(inputs));
+      return entrance_.call(std::move(inputs));
     }
     const std::lock_guard lock(first_call_);
     auto outputs = loader_.boxed_run(std::move(inputs));
@@ -40,6 +104,7 @@ class CpuRunner final : public PackageRunner {
   std::mutex first_call_;
   std::atomic<bool> called_{false};
   torch::inductor::AOTIModelPackageLoader loader_;
+  const Entrance entrance_;
 };
 
 /// Calls wait for each other on the host; what they launch does not. A package that serves

@@ -1,7 +1,6 @@
 #include "lazy_backend/executor.h"
 
 #include <ATen/record_function.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
@@ -282,7 +281,7 @@ void launch(Node& node, Segment& segment) {
   }
 
   // Backing tensors are plain ones whatever mode the user is in.
-  c10::InferenceMode normal_tensors(false);
+  const NormalTensors normal_tensors;
   const BelowUserModes below;
 
   if (end.wider != nullptr && end.wider->state != Program::State::kQueued) {

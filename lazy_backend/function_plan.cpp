@@ -1,7 +1,6 @@
 #include "lazy_backend/function_plan.h"
 
 #include <ATen/record_function.h>
-#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 
@@ -19,9 +18,11 @@ using detail::Pack;
 using StoragePtr = c10::intrusive_ptr<LazyStorage>;
 
 at::Tensor seen_through(const LazyStorage& storage, const Geometry& geometry) {
-  const at::Tensor& made = storage.made();
+  at::Tensor made = storage.made();
   if (made.defined() && geometry.matches(*made.unsafeGetTensorImpl())) return made;
-  return backing_tensor(storage.backing(), geometry);
+  at::Tensor tensor = backing_tensor(storage.backing(), geometry);
+  storage.keep_made(tensor);
+  return tensor;
 }
 
 /// Waits for the values of `storage`; false where there will be none.
@@ -104,10 +105,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
     number_inputs = constant_inputs(*numbers, backing_device_of(program.device_index), /*non_blocking=*/true);
   }
   c10::SmallVector<at::Tensor, 2> random;
-  {
-    c10::InferenceMode normal_tensors(false);
-    for (const uint32_t step : plan.random_steps) random.push_back(draw(*program.steps[step]));
-  }
+  for (const uint32_t step : plan.random_steps) random.push_back(draw(*program.steps[step]));
   for (size_t k = 0; k < plan.inputs.size(); ++k) {
     const Plan::Source& source = plan.inputs[k];
     switch (source.kind) {
@@ -140,7 +138,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
   std::vector<at::Tensor> made;
   try {
     RECORD_FUNCTION("reprise::replay", c10::ArrayRef<const c10::IValue>());
-    c10::InferenceMode normal_tensors(false);
+    const NormalTensors normal_tensors;
     const BelowUserModes below;
     made = program.runner->run(std::move(inputs));
     for (size_t k = 0; k < made.size(); ++k) made[k] = as_recorded(program, k, made[k]);
@@ -176,7 +174,7 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
         if (!storage) {
           storage = storage_over(made[output.index].storage(), program.device_index);
           if (output.geometry.matches(*made[output.index].unsafeGetTensorImpl())) {
-            storage->set_made(made[output.index]);
+            storage->keep_made(made[output.index]);
             return wrap(storage, made[output.index]);
           }
         }

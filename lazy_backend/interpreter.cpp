@@ -4,7 +4,6 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/core/GradMode.h>
-#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 
@@ -143,7 +142,7 @@ at::Tensor copy_lying_as(const Geometry& geometry, size_t nbytes, const at::Tens
 }
 
 at::Tensor draw(const Step& step) {
-  c10::InferenceMode normal_tensors(false);
+  const NormalTensors normal_tensors;
   const BelowUserModes below;
   const c10::Device device = backing_device_of(step.device_index);
   torch::jit::Stack stack;

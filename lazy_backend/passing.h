@@ -49,7 +49,7 @@ class Passing {
     possible_ = possible_ && index == index_ && storage->pending_in() == nullptr &&
                 storage->error() == nullptr && storage->backing();
     if (!possible_) return tensor;
-    const at::Tensor& made = storage->made();
+    const at::Tensor made = storage->made();
     bool same = made.defined() && made.dtype() == tensor.dtype() && same_geometry(made, tensor);
     // Ops compare the identity of arguments: one that comes again is the same again, and
     // two that are alike are two.

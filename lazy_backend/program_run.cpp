@@ -157,7 +157,7 @@ at::Tensor constant_input(double number, c10::Device device) {
 }
 
 std::vector<at::Tensor> constant_inputs(const ScalarValues& numbers, c10::Device device, bool non_blocking) {
-  c10::InferenceMode normal_tensors(false);
+  const NormalTensors normal_tensors;
   const BelowUserModes below;
   const auto size = static_cast<int64_t>(numbers.size()) * kApart;
   const at::Tensor host = at::zeros({size}, at::TensorOptions().dtype(kNumbers));

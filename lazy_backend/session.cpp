@@ -1,7 +1,6 @@
 #include "lazy_backend/session.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -732,7 +731,7 @@ void Session::run_log(Node* node) {
       reached(*node);
       launch(*node, current_);
     } else {
-      c10::InferenceMode normal_tensors(false);
+      const NormalTensors normal_tensors;
       interpret(log_, current_);
     }
   } catch (...) {

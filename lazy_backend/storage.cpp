@@ -78,6 +78,7 @@ LazyStorage::LazyStorage(size_t nbytes, c10::DeviceIndex index)
 }
 
 LazyStorage::~LazyStorage() {
+  drop_made();
   if (!released_) --live_storages;
   release_message(*this);
 }
@@ -85,7 +86,7 @@ LazyStorage::~LazyStorage() {
 void LazyStorage::release_resources() {
   // The strong count is zero; a segment may still hold us weakly. The bytes go
   // now, as eager's would.
-  made_ = at::Tensor();
+  drop_made();
   backing_ = c10::Storage();
   error_ = nullptr;
   if (!released_) {
@@ -116,8 +117,25 @@ void LazyStorage::operator delete(void* memory) {
 
 void LazyStorage::set_backing(c10::Storage backing) {
   if (backing) unsafe_set_nbytes(backing.nbytes());
-  made_ = at::Tensor();
+  drop_made();
   backing_ = std::move(backing);
+}
+
+void LazyStorage::keep_made(const at::Tensor& tensor) const {
+  c10::TensorImpl* none = nullptr;
+  c10::TensorImpl* kept = tensor.unsafeGetTensorImpl();
+  if (made_.load(std::memory_order_relaxed) != nullptr) return;
+  c10::raw::intrusive_ptr::incref(kept);
+  if (!made_.compare_exchange_strong(none, kept, std::memory_order_acq_rel)) {
+    c10::raw::intrusive_ptr::decref(kept);
+  }
+}
+
+void LazyStorage::drop_made() {
+  if (c10::TensorImpl* kept = made_.load(std::memory_order_relaxed)) {
+    made_.store(nullptr, std::memory_order_relaxed);
+    c10::raw::intrusive_ptr::decref(kept);
+  }
 }
 
 int64_t LazyStorage::live_on_this_thread() { return live_storages; }
@@ -166,7 +184,7 @@ at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index, bo
   auto storage =
       c10::make_intrusive<LazyStorage>(backing_tensor.storage().nbytes(), index);
   storage->set_backing(backing_tensor.storage());
-  if (keep) storage->set_made(backing_tensor);
+  if (keep) storage->keep_made(backing_tensor);
   return wrap(std::move(storage), backing_tensor);
 }
 

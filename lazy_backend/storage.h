@@ -35,11 +35,15 @@ class LazyStorage final : public c10::StorageImpl {
   const c10::Storage& backing() const { return backing_; }
   void set_backing(c10::Storage backing);
 
-  /// A tensor over `backing()`, kept so that a call that takes it finds it made: the one
-  /// that an op returned. Often there is none. Set before another thread can know this
-  /// storage.
-  const at::Tensor& made() const { return made_; }
-  void set_made(at::Tensor tensor) { made_ = std::move(tensor); }
+  /// A tensor over `backing()`, kept so that a call that takes it finds it made. Often there
+  /// is none.
+  at::Tensor made() const {
+    c10::TensorImpl* kept = made_.load(std::memory_order_acquire);
+    if (kept == nullptr) return {};
+    return at::Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(kept));
+  }
+  /// Keeps one, from any thread. Where another is kept already, that one stays.
+  void keep_made(const at::Tensor& tensor) const;
 
   /// The session with a segment in flight that makes or writes this storage;
   /// null when `backing()` is all there is to know.
@@ -90,8 +94,10 @@ class LazyStorage final : public c10::StorageImpl {
   static bool any_was_made();
 
  private:
+  void drop_made();
+
   c10::Storage backing_;
-  at::Tensor made_;
+  mutable std::atomic<c10::TensorImpl*> made_{nullptr};
   std::atomic<Session*> pending_in_{nullptr};
   std::atomic<uint64_t> epoch_{0};
   std::atomic<uint32_t> slot_{0};
