@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <functional>
 #include <mutex>
 #include <span>
 
@@ -29,22 +30,13 @@ bool runs_on_gpu(const std::string& path, const std::string& name) {
 class Entrance {
  public:
   explicit Entrance(const torch::inductor::AOTIModelContainerRunner& loaded) {
-    struct Members : torch::inductor::AOTIModelContainerRunner {
-      static void take(const AOTIModelContainerRunner& from, Entrance& to) {
-        to.run_ = from.*(&Members::run_func_);
-        to.container_ = from.*(&Members::container_handle_);
-        to.proxy_executor_ = from.*(&Members::proxy_executor_handle_);
-        const auto count = from.*(&Members::get_num_outputs_func_);
-        TORCH_CHECK(count(to.container_, &to.results_) == AOTI_RUNTIME_SUCCESS);
-      }
-    };
     Members::take(loaded, *this);
   }
 
   /// Takes the inputs away.
   std::vector<at::Tensor> call(std::vector<at::Tensor>&& inputs) const {
     // Handles are tensors on the heap: the code frees those of the inputs, we those it returns.
-    std::array<AtenTensorHandle, 32> few;
+    std::array<AtenTensorHandle, 32> few{};  // the place of a result that is None stays null
     std::vector<AtenTensorHandle> many;
     std::span<AtenTensorHandle> handles = few;
     const size_t count = inputs.size() + results_;
@@ -59,10 +51,10 @@ class Entrance {
     });
     TORCH_CHECK(run_(container_, given.data(), given.size(), returned.data(), returned.size(),
                      /*stream_handle=*/nullptr, proxy_executor_) == AOTI_RUNTIME_SUCCESS,
-                "a compiled package failed, for the reason that it has printed");
+                "a compiled package failed", reason_());
     inputs.clear();
     for (const AtenTensorHandle handle : returned) {
-      inputs.push_back(*tensor_handle_to_tensor_pointer(handle));
+      inputs.push_back(handle == nullptr ? at::Tensor() : *tensor_handle_to_tensor_pointer(handle));
     }
     // One that is returned in two places is one handle.
     std::sort(returned.begin(), returned.end());
@@ -74,10 +66,36 @@ class Entrance {
   }
 
  private:
+  struct Members : torch::inductor::AOTIModelContainerRunner {  // to come by what is protected
+    static void take(const AOTIModelContainerRunner& from, Entrance& to) {
+      to.run_ = from.*(&Members::run_func_);
+      to.container_ = from.*(&Members::container_handle_);
+      to.proxy_executor_ = from.*(&Members::proxy_executor_handle_);
+      to.reason_ = reason_of<Members>(from);
+      const auto count = from.*(&Members::get_num_outputs_func_);
+      TORCH_CHECK(count(to.container_, &to.results_) == AOTI_RUNTIME_SUCCESS);
+    }
+
+   private:
+    template <class M>
+    static std::function<std::string()> reason_of(const AOTIModelContainerRunner& from) {
+      if constexpr (requires { &M::get_last_error_func_; }) {  // not in torch 2.11
+        return [get = from.*(&M::get_last_error_func_)]() -> std::string {
+          const char* text = nullptr;
+          if (get == nullptr || get(&text) != AOTI_RUNTIME_SUCCESS || text == nullptr) return "";
+          return std::string(": ") + text;
+        };
+      } else {
+        return [] { return ", for the reason that it has printed"; };
+      }
+    }
+  };
+
   decltype(&AOTInductorModelContainerRun) run_ = nullptr;
   AOTInductorModelContainerHandle container_ = nullptr;
   AOTIProxyExecutorHandle proxy_executor_ = nullptr;
   size_t results_ = 0;
+  std::function<std::string()> reason_;
 };
 
 /// On the CPU, what a program does touches nothing of the loaded model but its constants

@@ -208,10 +208,11 @@ class Positive(nn.Module):
 
 
 class Halves(nn.Module):
-    """Parts of one tensor, and the argument again."""
+    """Parts of one tensor, the argument again, nothing, and one of the parts once more."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return *(x * 2).chunk(2), x
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        first, second = (x * 2).chunk(2)
+        return first, second, x, None, first
 
 
 def compiled_and_special(folder: Path) -> None:
