@@ -109,13 +109,15 @@ bool close(const at::Tensor& actual, const at::Tensor& expected, const at::Tenso
 /// Matrix products and convolutions may round their factors to TF32.
 bool rounds_to_tf32(const std::vector<StepPtr>& steps, c10::Device device) {
   if (!device.is_cuda()) return false;
-  const auto& context = at::globalContext();
-  const bool products = context.allowTF32CuBLAS(), convolutions = context.allowTF32CuDNN();
+  const auto rounds = [](at::Float32Op op) {
+    return at::globalContext().float32Precision(at::Float32Backend::CUDA, op) ==
+           at::Float32Precision::TF32;
+  };
   return std::any_of(steps.begin(), steps.end(), [&](const StepPtr& step) {
     const std::string_view name = step->op.schema().name();
-    const bool convolution = name.find("conv") != std::string_view::npos ||
-                             name.find("_rnn") != std::string_view::npos;
-    return convolution ? convolutions : products && name.find("mm") != std::string_view::npos;
+    if (name.find("_rnn") != std::string_view::npos) return rounds(at::Float32Op::RNN);
+    if (name.find("conv") != std::string_view::npos) return rounds(at::Float32Op::CONV);
+    return name.find("mm") != std::string_view::npos && rounds(at::Float32Op::MATMUL);
   });
 }
 

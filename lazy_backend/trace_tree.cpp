@@ -226,11 +226,13 @@ void TraceTree::clear() {
 }
 
 namespace {
-/// Of float32 products. `Context::float32MatmulPrecision` knows the older of two ways to set
-/// it, and throws where the newer one was used.
+/// Of float32 products; IEEE's is what there is where none was set.
+/// `Context::float32MatmulPrecision` knows the older of two ways to set it, and throws where the
+/// newer one was used.
 at::Float32Precision matmul_precision(c10::DeviceType device) {
   const auto backend = device == c10::kCPU ? at::Float32Backend::MKLDNN : at::Float32Backend::CUDA;
-  return at::globalContext().float32Precision(backend, at::Float32Op::MATMUL);
+  const auto precision = at::globalContext().float32Precision(backend, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::IEEE ? at::Float32Precision::NONE : precision;
 }
 }  // namespace
 
