@@ -15,13 +15,13 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "compiler_id.h"
@@ -68,21 +68,34 @@ constexpr const char* kUnfinished = ".partial-";
 constexpr std::chrono::hours kLongestCompile{24};
 
 /// The instructions that this processor has: programs are compiled for all of them
-/// (`-march=native`), and a folder may serve several machines.
+/// (`-march=native`), and a folder may serve several machines. Not what its kernel, microcode
+/// and hypervisor add, which change under a store.
 std::string processor_features() {
-  std::string features;
 #if defined(__x86_64__)
-  constexpr std::pair<unsigned, unsigned> kLeaves[] = {{1, 0}, {7, 0}, {7, 1}, {0xd, 1}, {0x80000001, 0}};
-  for (const auto& [leaf, subleaf] : kLeaves) {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    __get_cpuid_count(leaf, subleaf, &a, &b, &c, &d);
-    if (leaf == 1) a = b = 0;  // model and number of the core
-    features += c10::str(a, ".", b, ".", c, ".", d, ".");
+  struct Leaf {  // of CPUID, and what to take of each register
+    unsigned leaf, subleaf;
+    std::array<unsigned, 4> mask;
+  };
+  constexpr unsigned kAll = ~0u;
+  constexpr Leaf kLeaves[] = {
+      {0x1, 0, {0, 0, ~(1u << 27 | 1u << 31), kAll}},  // OSXSAVE; a hypervisor
+      {0x7, 0, {0, kAll, kAll, 0x03d5413c}},           // the rest are mitigations
+      {0x7, 1, {kAll, kAll, kAll, kAll}},
+      {0xd, 1, {kAll, 0, 0, 0}},
+      {0x1e, 1, {kAll, 0, 0, 0}},
+      {0x24, 0, {0, kAll, 0, 0}},
+      {0x80000001, 0, {0, 0, kAll, kAll}},
+  };
+  std::string features;
+  for (const Leaf& each : kLeaves) {
+    std::array<unsigned, 4> found{};
+    __get_cpuid_count(each.leaf, each.subleaf, &found[0], &found[1], &found[2], &found[3]);
+    for (size_t k = 0; k < found.size(); ++k) features += c10::str(found[k] & each.mask[k], ".");
   }
-#else
-  features = c10::str(::getauxval(AT_HWCAP), ".", ::getauxval(AT_HWCAP2));
-#endif
   return features;
+#else
+  return c10::str(::getauxval(AT_HWCAP), ".", ::getauxval(AT_HWCAP2));
+#endif
 }
 
 /// With its guards, which it needs: they go last.
