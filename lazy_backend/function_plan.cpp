@@ -20,6 +20,7 @@ using StoragePtr = c10::intrusive_ptr<LazyStorage>;
 at::Tensor seen_through(const LazyStorage& storage, const Geometry& geometry) {
   at::Tensor made = storage.made();
   if (made.defined() && geometry.matches(*made.unsafeGetTensorImpl())) return made;
+  const NormalTensors normal_tensors;
   at::Tensor tensor = backing_tensor(storage.backing(), geometry);
   storage.keep_made(tensor);
   return tensor;

@@ -22,9 +22,40 @@
 
 namespace reprise {
 
+/// Tensors of the backing device that the calls of a thread use for their arguments, in turns:
+/// a new one for each takes longer than some ops.
+class SpareTensors {
+ public:
+  static SpareTensors& of_this_thread();
+
+  /// What `unwrap` gives. Behind `lent` is what `take_back` needs.
+  at::Tensor lend(const at::Tensor& lazy, c10::Storage& lent);
+  /// A tensor that is somebody else's by now, or was changed, stays his.
+  void take_back(at::Tensor&& tensor, c10::Storage& lent);
+
+ private:
+  static constexpr size_t kMost = 8;
+  /// Without values, inference mode and bits.
+  c10::SmallVector<at::Tensor, kMost> stock_;
+  c10::DispatchKeySet keys_;  ///< of each
+};
+
+/// What `wrap_new` gives for a result of an op that returned one. Where nobody else holds
+/// `result`, it is that tensor itself, made lazy.
+at::Tensor made_lazy(at::Tensor&& result, c10::DeviceIndex index);
+
 /// What the lazy tensors of one call stand for.
 class Passing {
  public:
+  Passing() = default;
+  Passing(const Passing&) = delete;
+  Passing& operator=(const Passing&) = delete;
+  ~Passing() {
+    for (Pair& pair : pairs_) {
+      if (pair.lent) spare_->take_back(std::move(pair.backing), pair.lent);
+    }
+  }
+
   /// False where the call must go the boxed way: a value is pending or was never made, a
   /// tensor or a device is of another kind.
   bool possible() const { return possible_; }
@@ -49,17 +80,16 @@ class Passing {
     possible_ = possible_ && index == index_ && storage->pending_in() == nullptr &&
                 storage->error() == nullptr && storage->backing();
     if (!possible_) return tensor;
-    const at::Tensor made = storage->made();
-    bool same = made.defined() && made.dtype() == tensor.dtype() && same_geometry(made, tensor);
     // Ops compare the identity of arguments: one that comes again is the same again, and
     // two that are alike are two.
     for (const Pair& pair : pairs_) {
       if (pair.lazy == tensor.unsafeGetTensorImpl()) return pair.backing;
-      same = same && !pair.backing.is_same(made);
     }
-    pairs_.push_back({tensor.unsafeGetTensorImpl(), same ? made : unwrap(tensor)});
-    add_keys(pairs_.back().backing);
-    return pairs_.back().backing;
+    if (spare_ == nullptr) spare_ = &SpareTensors::of_this_thread();
+    Pair& pair = pairs_.emplace_back(Pair{tensor.unsafeGetTensorImpl(), {}, {}});
+    pair.backing = spare_->lend(tensor, pair.lent);
+    add_keys(pair.backing);
+    return pair.backing;
   }
   std::optional<at::Tensor> unwrapped(const std::optional<at::Tensor>& tensor) {
     return tensor.has_value() ? std::optional(unwrapped(*tensor)) : std::nullopt;
@@ -96,12 +126,10 @@ class Passing {
       return wrap(c10::intrusive_ptr<LazyStorage>::reclaim_copy(lazy_storage(pair.lazy)), result,
                   pair.lazy->key_set());
     }
-    at::Tensor lazy =
-        wrap_new(result, lazy_index(index_), /*keep=*/!several);
-    if (C10_UNLIKELY(several)) {  // another result may share its storage
-      pairs_.push_back({lazy.unsafeGetTensorImpl(), std::move(result)});
-      made_.push_back(lazy);
-    }
+    if (C10_LIKELY(!several)) return made_lazy(std::move(result), lazy_index(index_));
+    at::Tensor lazy = wrap_new(result, lazy_index(index_));
+    pairs_.push_back({lazy.unsafeGetTensorImpl(), std::move(result), {}});  // another may share its storage
+    made_.push_back(lazy);
     return lazy;
   }
   std::vector<at::Tensor> wrapped(std::vector<at::Tensor> results) {
@@ -125,9 +153,11 @@ class Passing {
   struct Pair {
     c10::TensorImpl* lazy;  ///< of an argument, which the caller holds, or in `made_`
     at::Tensor backing;
+    c10::Storage lent;
   };
   c10::SmallVector<Pair, 4> pairs_;
   c10::SmallVector<at::Tensor, 2> made_;
+  SpareTensors* spare_ = nullptr;
   c10::DeviceIndex index_ = -1;
   c10::DispatchKeySet keys_;
   bool possible_ = true;

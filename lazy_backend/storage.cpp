@@ -117,8 +117,8 @@ void LazyStorage::operator delete(void* memory) {
 
 void LazyStorage::set_backing(c10::Storage backing) {
   if (backing) unsafe_set_nbytes(backing.nbytes());
-  drop_made();
   backing_ = std::move(backing);
+  drop_made();
 }
 
 void LazyStorage::keep_made(const at::Tensor& tensor) const {
@@ -132,8 +132,8 @@ void LazyStorage::keep_made(const at::Tensor& tensor) const {
 }
 
 void LazyStorage::drop_made() {
-  if (c10::TensorImpl* kept = made_.load(std::memory_order_relaxed)) {
-    made_.store(nullptr, std::memory_order_relaxed);
+  if (made_.load(std::memory_order_relaxed) == nullptr) return;
+  if (c10::TensorImpl* kept = made_.exchange(nullptr, std::memory_order_acq_rel)) {
     c10::raw::intrusive_ptr::decref(kept);
   }
 }
@@ -177,14 +177,13 @@ at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like,
   return at::Tensor(std::move(impl));
 }
 
-at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index, bool keep) {
+at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index) {
   if (C10_UNLIKELY(is_of_other_layout(backing_tensor))) {
     return wrap_other_layout(backing_tensor, index);
   }
   auto storage =
       c10::make_intrusive<LazyStorage>(backing_tensor.storage().nbytes(), index);
   storage->set_backing(backing_tensor.storage());
-  if (keep) storage->keep_made(backing_tensor);
   return wrap(std::move(storage), backing_tensor);
 }
 

@@ -150,8 +150,8 @@ at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like)
 at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like,
                 c10::DispatchKeySet keys);
 
-/// As above over a new storage whose backing is that of `backing_tensor`, which it may
-/// keep; where that is sparse or quantized, a lazy tensor that stands for it.
-at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index, bool keep = false);
+/// As above over a new storage whose backing is that of `backing_tensor`, or,
+/// where that is sparse or quantized, a lazy tensor that stands for it.
+at::Tensor wrap_new(const at::Tensor& backing_tensor, c10::DeviceIndex index);
 
 }  // namespace reprise
