@@ -105,10 +105,19 @@ bool takes_positions(const c10::IValue& indices) {
   return true;
 }
 
+/// Whether a call that names a device makes its result where its first lazy tensor lives.
+bool stays_on_device(const OpPolicy& how, c10::ArrayRef<c10::IValue> arguments) {
+  const c10::IValue& wanted = arguments[static_cast<size_t>(how.device_argument)];
+  if (!wanted.isDevice() || !any_lazy(arguments)) return true;
+  const c10::Device device = wanted.toDevice();
+  return device.is_lazy() && lazy_index(device.index()) == device_index_of(arguments, how);
+}
+
 /// Whether a call becomes a step, given where its tensors live.
 bool is_traced(const OpPolicy& how, c10::ArrayRef<c10::IValue> arguments) {
   switch (how.kind) {
     case OpPolicy::Kind::kTrace:
+      if (how.device_argument >= 0 && !stays_on_device(how, arguments)) return false;
       if (C10_UNLIKELY(how.index_argument >= 0)) {
         return takes_positions(arguments[static_cast<size_t>(how.index_argument)]);
       }
@@ -119,11 +128,7 @@ bool is_traced(const OpPolicy& how, c10::ArrayRef<c10::IValue> arguments) {
       return is_lazy(to) && is_lazy(from) && to.device() == from.device();
     }
     case OpPolicy::Kind::kToCopy: {
-      const at::Tensor& from = arguments[0].toTensor();
-      const c10::IValue& device = arguments[static_cast<size_t>(how.device_argument)];
-      return is_lazy(from) && (device.isNone() || device.toDevice() == from.device() ||
-                               (device.toDevice().is_lazy() && !device.toDevice().has_index() &&
-                                from.device().index() == lazy_index(-1)));
+      return is_lazy(arguments[0].toTensor()) && stays_on_device(how, arguments);
     }
     default:
       return false;

@@ -1,7 +1,9 @@
 // What a program does to get its tensors to the lazy device and back.
+#include <limits>
 #include <sstream>
 
 #include "reprise/reprise.h"
+#include "reprise/testing.h"
 #include "tests/expect_error.h"
 #include "tests/three_ways.h"
 
@@ -73,6 +75,31 @@ TEST_F(Device, FactoriesMakeLazyTensors) {
               torch::tril(torch::ones({3, 3}, on))};
     };
   });
+}
+
+TEST_F(Device, WhatIsLikeALazyTensorIsMadeWhereItIsAsked) {
+  const auto x = torch::arange(6).view({2, 3}).to(torch::kFloat).to(torch::kLazy);
+  const auto y = x + 1;  // pending
+  for (int round = 0; round < 6; ++round) {
+    SCOPED_TRACE(round);
+    if (round == 4) reprise::testing::pause_recording(std::numeric_limits<uint32_t>::max());
+    const Tensors host{torch::zeros_like(y, torch::kCPU), torch::full_like(x, 2, torch::kCPU),
+                       torch::empty_like(x, torch::kCPU).fill_(3),
+                       x.new_ones({2}, torch::TensorOptions(torch::kCPU)),
+                       torch::rand_like(x, torch::kCPU)};
+    const Tensors lazy{torch::zeros_like(x), torch::full_like(x, 2, torch::kLazy),
+                       torch::empty_like(x, x.device()).fill_(3), x.new_ones({2})};
+    for (const auto& tensor : host) {
+      ASSERT_TRUE(tensor.device().is_cpu());
+      EXPECT_NE(tensor.data_ptr(), nullptr);
+    }
+    for (size_t k = 0; k < lazy.size(); ++k) {
+      ASSERT_TRUE(lazy[k].device().is_lazy());
+      EXPECT_TRUE(lazy[k].cpu().equal(host[k]));
+    }
+    mark_step();
+  }
+  reprise::testing::pause_recording(0);
 }
 
 TEST_F(Device, AModuleGoesThereAndBack) {
