@@ -79,14 +79,15 @@ class Entrance {
    private:
     template <class M>
     static std::function<std::string()> reason_of(const AOTIModelContainerRunner& from) {
-      if constexpr (requires { &M::get_last_error_func_; }) {  // not in torch 2.11
+      constexpr const char* kPrinted = ", for the reason that it has printed";
+      if constexpr (requires { &M::get_last_error_func_; }) {  // not in torch 2.11, nor its packages
         return [get = from.*(&M::get_last_error_func_)]() -> std::string {
           const char* text = nullptr;
-          if (get == nullptr || get(&text) != AOTI_RUNTIME_SUCCESS || text == nullptr) return "";
-          return std::string(": ") + text;
+          const bool known = get != nullptr && get(&text) == AOTI_RUNTIME_SUCCESS;
+          return known && text != nullptr && *text != '\0' ? std::string(": ") + text : kPrinted;
         };
       } else {
-        return [] { return ", for the reason that it has printed"; };
+        return [] { return kPrinted; };
       }
     }
   };

@@ -342,8 +342,15 @@ class Writer {
         define(r.slot, *r.geometry, value, {true, next_result_++});
         return tensor(value);
       }
-      case Result::Kind::kList:
-        return field("list", list_text(*r.list, [&](const Result& item) { return result(item); }));
+      case Result::Kind::kList: {
+        std::vector<std::string> items;
+        for (const Result& item : *r.list) {
+          // The overload that is told of its results returns those that there are.
+          if (as_recorded_ && item.kind == Result::Kind::kNone) continue;
+          items.push_back(result(item));
+        }
+        return field("list", list_text(items, [](const auto& item) { return item; }));
+      }
       default:
         return "null";
     }
@@ -398,9 +405,10 @@ class Writer {
       args.push_back(argument(step.args[a], declared[a]));
     }
     auto name = step.op.operator_name();
+    as_recorded_ = has_overload_as_recorded(name);
     const std::string results =
         list_text(step.results, [&](const Result& r) { return result(r); });
-    if (has_overload_as_recorded(name)) {
+    if (as_recorded_) {
       name.overload_name = kAsRecorded;
       write_geometries(step, args);
     }
@@ -459,6 +467,7 @@ class Writer {
   const c10::Device device_;
   std::map<uint32_t, Creation> creation_;
   std::vector<uint32_t> first_argument_, first_result_;  ///< of each step
+  bool as_recorded_ = false;                             ///< that step's op is told of its results
   uint32_t step_ = 0, argument_ = 0;                     ///< being written
   uint32_t next_argument_ = 0, next_result_ = 0;
   std::map<size_t, Source> sources_;  ///< of values

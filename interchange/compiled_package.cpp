@@ -53,10 +53,14 @@ std::vector<at::Tensor> call_package(c10::string_view key, at::TensorList inputs
   return run_package(key, inputs, weights, {});
 }
 
-/// `geometry`: of each result its rank, sizes and strides.
-std::vector<at::Tensor> call_package_as_recorded(c10::string_view key, at::TensorList inputs, at::TensorList weights,
+/// The results that there are, without those that are None. `geometry`: of each its rank, sizes
+/// and strides.
+std::vector<at::Tensor> call_package_as_recorded(c10::string_view key, at::TensorList inputs,
+                                                 const std::optional<c10::List<at::Tensor>>& weights,
                                                  c10::string_view, c10::IntArrayRef geometry) {
-  std::vector<at::Tensor> results = call_package(key, inputs, weights);
+  std::vector<at::Tensor> results =
+      call_package(key, inputs, weights.has_value() ? weights->vec() : std::vector<at::Tensor>());
+  std::erase_if(results, [](const at::Tensor& result) { return !result.defined(); });
   for (const at::Tensor& result : results) {
     const auto rank = static_cast<size_t>(result.dim());
     TORCH_CHECK(geometry.size() > 2 * rank && geometry[0] == result.dim() &&
@@ -73,7 +77,7 @@ std::vector<at::Tensor> call_package_as_recorded(c10::string_view key, at::Tenso
 TORCH_LIBRARY_FRAGMENT(reprise, m) {
   m.def("run_package(str package, Tensor[] inputs, Tensor[] weights, Tensor(a!)[] written) -> Tensor[]");
   m.def("call_package(str package, Tensor[] inputs, Tensor[] weights) -> Tensor[]");
-  m.def("call_package.as_recorded(str package, Tensor[] inputs, Tensor[] weights, str dtypes, SymInt[] geometry) "
+  m.def("call_package.as_recorded(str package, Tensor[] inputs, Tensor[]? weights, str dtypes, SymInt[] geometry) "
         "-> Tensor[]");
 }
 void implement_on_a_device(torch::Library& m) {

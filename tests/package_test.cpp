@@ -251,6 +251,26 @@ TEST_F(Packages, ACallIsOneStepAmongOthers) {
       {.tolerance = 10});
 }
 
+TEST_F(Packages, AStepMayReturnNoneAmongOthers) {
+  if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
+  const auto before = statistics();
+  expect_eager_three_ways(
+      [&](torch::Device device) -> Step {
+        const auto package = load_package(path("gap.pt2"), {.functional = true});
+        package->to(device);
+        return [=](int) {
+          torch::NoGradGuard no_grad;
+          const auto results = package->run({torch::arange(24).view({4, 6}).mul(0.1).to(device) + 1});
+          EXPECT_EQ(results.size(), 3u);
+          EXPECT_FALSE(results[1].defined());
+          return Tensors{results[0] + 1, results[2] * 2};
+        };
+      },
+      {.tolerance = 10});
+  EXPECT_EQ(since(before).compile_failures, 0u);
+  EXPECT_GT(since(before).segments_replayed, 0u);
+}
+
 TEST_F(Packages, AChainWithAPackageIsOneProgram) {
   if (!eager_device().is_cpu()) GTEST_SKIP() << "the package was compiled for the CPU";
   const auto package = load_package(path("compiled.pt2"), {.functional = true});

@@ -215,8 +215,15 @@ class Halves(nn.Module):
         return first, second, x, None, first
 
 
+class Gap(nn.Module):
+    """Nothing between two results."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return x * 2, None, x.sum(1)
+
+
 def compiled_and_special(folder: Path) -> None:
-    for model in (Noisy(), Positive(), Halves()):
+    for model in (Noisy(), Positive(), Halves(), Gap()):
         program = torch.export.export(model, (torch.randn(4, 6),))
         name = type(model).__name__.lower() + ".pt2"
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / name))

@@ -34,11 +34,11 @@ _libraries: list[torch.library.Library] = []
 def _results(
     name: str,
     inputs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor] | None,
     dtypes: str,
     geometry: Sequence[Any],
 ) -> list[torch.Tensor]:
-    device = (*inputs, *weights)[0].device
+    device = (*inputs, *(weights or ()))[0].device
     numbers = iter(geometry)
     results = []
     for dtype in dtypes.split():

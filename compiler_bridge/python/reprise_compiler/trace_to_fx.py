@@ -330,6 +330,8 @@ class _GraphBuilder:
         keywords: dict[str, Any] = {}
         for parameter, argument in zip(schema.arguments, step["args"]):
             value = self.argument(argument)
+            if value == [] and isinstance(parameter.type, torch.OptionalType):
+                value = None  # torch 2.11 loses an empty list on its way to an opaque call
             if argument is not None and not argument.keys().isdisjoint(("scalar", "number")) and _is_float(parameter):
                 # A number whose schema is `Scalar` becomes a symbol; one that
                 # is a C++ double in it has no symbolic form.
