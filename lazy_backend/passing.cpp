@@ -20,9 +20,16 @@ constexpr c10::DispatchKeySet kBits({c10::DispatchKey::Conjugate, c10::DispatchK
 
 }  // namespace
 
-SpareTensors& SpareTensors::of_this_thread() {
+namespace {
+thread_local bool thread_ends = false;
+}  // namespace
+
+SpareTensors::~SpareTensors() { thread_ends = true; }
+
+SpareTensors* SpareTensors::of_this_thread() {
+  if (C10_UNLIKELY(thread_ends)) return nullptr;
   thread_local SpareTensors tensors;
-  return tensors;
+  return &tensors;
 }
 
 at::Tensor SpareTensors::lend(const at::Tensor& lazy, c10::Storage& lent) {
@@ -55,7 +62,8 @@ at::Tensor SpareTensors::lend(const at::Tensor& lazy, c10::Storage& lent) {
 
 void SpareTensors::take_back(at::Tensor&& tensor, c10::Storage& lent) {
   c10::TensorImpl& spare = *tensor.unsafeGetTensorImpl();
-  if (C10_UNLIKELY(tensor.use_count() != 1 || stock_.size() == kMost || spare.key_set() != keys_ ||
+  if (C10_UNLIKELY(tensor.use_count() != 1 || tensor.weak_use_count() != 1 ||
+                   stock_.size() == kMost || spare.key_set() != keys_ ||
                    spare.device() != lent.device() || spare.autograd_meta() != nullptr)) {
     return;
   }
@@ -66,7 +74,7 @@ void SpareTensors::take_back(at::Tensor&& tensor, c10::Storage& lent) {
 at::Tensor made_lazy(at::Tensor&& result, c10::DeviceIndex index) {
   c10::TensorImpl& tensor = *result.unsafeGetTensorImpl();
   const auto keys = tensor.key_set() - c10::autocast_dispatch_keyset - kBits;
-  if (C10_UNLIKELY(result.use_count() != 1 || keys != backing_key_set(tensor.device()) ||
+  if (C10_UNLIKELY(result.use_count() != 1 || result.weak_use_count() != 1 || keys != backing_key_set(tensor.device()) ||
                    tensor.autograd_meta() != nullptr || tensor.is_wrapped_number() ||
                    !tensor.allow_tensor_metadata_change())) {
     return wrap_new(result, index);

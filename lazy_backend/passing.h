@@ -26,7 +26,9 @@ namespace reprise {
 /// a new one for each takes longer than some ops.
 class SpareTensors {
  public:
-  static SpareTensors& of_this_thread();
+  ~SpareTensors();
+  /// Null at the end of a thread, when destructors of others may still call ops.
+  static SpareTensors* of_this_thread();
 
   /// What `unwrap` gives. Behind `lent` is what `take_back` needs.
   at::Tensor lend(const at::Tensor& lazy, c10::Storage& lent);
@@ -85,9 +87,9 @@ class Passing {
     for (const Pair& pair : pairs_) {
       if (pair.lazy == tensor.unsafeGetTensorImpl()) return pair.backing;
     }
-    if (spare_ == nullptr) spare_ = &SpareTensors::of_this_thread();
+    if (spare_ == nullptr) spare_ = SpareTensors::of_this_thread();
     Pair& pair = pairs_.emplace_back(Pair{tensor.unsafeGetTensorImpl(), {}, {}});
-    pair.backing = spare_->lend(tensor, pair.lent);
+    pair.backing = C10_LIKELY(spare_ != nullptr) ? spare_->lend(tensor, pair.lent) : unwrap(tensor);
     add_keys(pair.backing);
     return pair.backing;
   }
@@ -108,7 +110,7 @@ class Passing {
   }
   std::optional<at::Device> unwrapped(std::optional<at::Device> device) {
     if (!device.has_value()) return device;
-    possible_ = possible_ && device->is_lazy();
+    possible_ = possible_ && device->is_lazy() && (index_ < 0 || lazy_index(device->index()) == index_);
     return backing_device_of(device->index());
   }
 

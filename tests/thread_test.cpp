@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "reprise/reprise.h"
+#include "reprise/testing.h"
 #include "tests/three_ways.h"
 
 namespace reprise::test {
@@ -61,6 +62,26 @@ TEST_F(Threads, WhatIsPendingInOneIsReadByAnother) {
     }).join();
     EXPECT_EQ((z + y).sum().item<float>(), 21.0f);
     mark_step();
+  }
+}
+
+TEST_F(Threads, OpsRunWhenAllElseOfAThreadHasEnded) {
+  struct Last {
+    torch::Tensor x;
+    float* sum = nullptr;
+    ~Last() { *sum = (x + 1).sum().item<float>(); }
+  };
+  for (const uint64_t paused : {uint64_t{0}, uint64_t{1'000'000}}) {
+    SCOPED_TRACE(paused);
+    float sum = 0;
+    std::thread([&] {
+      thread_local Last last;  // made first, and so destroyed last
+      last.sum = &sum;
+      last.x = torch::ones({4}).to(torch::kLazy);
+      reprise::testing::pause_recording(paused);
+      for (int k = 0; k < 4; ++k) last.x = last.x * 0.5;
+    }).join();
+    EXPECT_EQ(sum, 4.25f);
   }
 }
 
