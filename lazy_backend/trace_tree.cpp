@@ -230,6 +230,14 @@ namespace {
 /// `Context::float32MatmulPrecision` knows the older of two ways to set it, and throws where the
 /// newer one was used.
 at::Float32Precision matmul_precision(c10::DeviceType device) {
+  // The table of them is destroyed before the first static objects are, which may call ops yet.
+  static bool destroyed = false;
+  struct Watch {
+    Watch() { at::globalContext(); }
+    ~Watch() { destroyed = true; }
+  };
+  static const Watch watch;
+  if (C10_UNLIKELY(destroyed)) return at::Float32Precision::NONE;
   const auto backend = device == c10::kCPU ? at::Float32Backend::MKLDNN : at::Float32Backend::CUDA;
   const auto precision = at::globalContext().float32Precision(backend, at::Float32Op::MATMUL);
   return precision == at::Float32Precision::IEEE ? at::Float32Precision::NONE : precision;

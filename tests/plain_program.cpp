@@ -16,9 +16,10 @@
 //
 //     plain_program global STEPS
 //
-// keeps tensors and a model in objects that are destroyed after main.
-// With WAIT_FOR_COMPILES set it waits
-// for all compiles every ten steps.
+// keeps tensors and a model in objects that are destroyed after main; one of them prints the sum
+// of four numbers, 6, then.
+//
+// With WAIT_FOR_COMPILES set it waits for all compiles every ten steps.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <sys/wait.h>
 #include <torch/torch.h>
@@ -106,6 +107,14 @@ int fork_first(int steps) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : 100;
 }
 
+/// Computes when libtorch's own static objects, but for its kernels, are gone.
+struct Last {
+  torch::Tensor x;
+  ~Last() {
+    if (x.defined()) std::cout << "last " << (x + 1).sum().item<float>() << std::endl;
+  }
+} last;
+
 /// Both destroyed after main, one before and one after what libreprise has.
 torch::Tensor global_tensor;
 std::unique_ptr<Training> global_training;
@@ -116,6 +125,7 @@ int keep_globals(int steps) {
   const auto lazy_loss = train(*global_training, steps);
   global_tensor = lazy_loss * 2;  // pending at the end
   late = global_tensor + 1;
+  last.x = torch::ones({4}, torch::kLazy) * 0.5;
   return 0;
 }
 

@@ -104,6 +104,7 @@ TEST(ProcessExit, WithTensorsThatOutliveMain) {
                                    {"REPRISE_COMPILE_AFTER", "1"},
                                    {"REPRISE_CACHE_DIR", make_folder("global")}});
     expect_right(ended);
+    EXPECT_EQ(ended.count("last 6\n"), 1u) << ended.output;
   }
 }
 
