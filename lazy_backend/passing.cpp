@@ -18,10 +18,8 @@ struct TensorDoor : c10::TensorImpl {
 
 constexpr c10::DispatchKeySet kBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
 
-}  // namespace
-
-namespace {
 thread_local bool thread_ends = false;
+
 }  // namespace
 
 SpareTensors::~SpareTensors() { thread_ends = true; }
