@@ -120,7 +120,8 @@ void expect_same(const std::string& file, const std::vector<at::Tensor>& argumen
     const at::Tensor error = (before[k] - weights[k].tensor).abs().max();
     const double rounding = 8 * std::numeric_limits<float>::epsilon() * old[k].abs().max().item<double>();
     const double unit = low_precision(old[k]) ? 0x1p-7 / std::numeric_limits<float>::epsilon() : 1;
-    expect(!(error.item<double>() > 0.02 * wanted.item<double>() + unit * rounding), update);
+    expect(!(error.item<double>() > 0.02 * wanted.item<double>() + unit * rounding),
+           c10::str(update, ", off by ", error.item<double>(), " where it is ", wanted.item<double>()));
   }
 }
 
