@@ -16,8 +16,6 @@ struct TensorDoor : c10::TensorImpl {
   static c10::Storage& storage(c10::TensorImpl& tensor) { return tensor.*(&TensorDoor::storage_); }
 };
 
-constexpr c10::DispatchKeySet kBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
-
 thread_local bool thread_ends = false;
 
 }  // namespace
@@ -32,7 +30,7 @@ SpareTensors* SpareTensors::of_this_thread() {
 
 at::Tensor SpareTensors::lend(const at::Tensor& lazy, c10::Storage& lent) {
   const c10::Storage& backing = lazy_storage(lazy)->backing();
-  const bool bits = !(lazy.key_set() & kBits).empty();
+  const bool bits = !(lazy.key_set() & kViewBits).empty();
   if (C10_UNLIKELY(stock_.empty())) {
     const NormalTensors normal_tensors;
     at::Tensor tensor = unwrap(lazy);
@@ -71,7 +69,7 @@ void SpareTensors::take_back(at::Tensor&& tensor, c10::Storage& lent) {
 
 at::Tensor made_lazy(at::Tensor&& result, c10::DeviceIndex index) {
   c10::TensorImpl& tensor = *result.unsafeGetTensorImpl();
-  const auto keys = tensor.key_set() - c10::autocast_dispatch_keyset - kBits;
+  const auto keys = tensor.key_set() - c10::autocast_dispatch_keyset - kViewBits;
   if (C10_UNLIKELY(result.use_count() != 1 || result.weak_use_count() != 1 || keys != backing_key_set(tensor.device()) ||
                    tensor.autograd_meta() != nullptr || tensor.is_wrapped_number() ||
                    !tensor.allow_tensor_metadata_change())) {
@@ -80,7 +78,7 @@ at::Tensor made_lazy(at::Tensor&& result, c10::DeviceIndex index) {
   auto storage = c10::make_intrusive<LazyStorage>(tensor.unsafe_storage().nbytes(), index);
   storage->set_backing(std::move(TensorDoor::storage(tensor)));
   tensor.set_storage_keep_dtype(c10::Storage(std::move(storage)));
-  const auto bits = tensor.key_set() & kBits;
+  const auto bits = tensor.key_set() & kViewBits;
   const auto autograd = c10::getAutogradRelatedKeySetFromBackend(c10::BackendComponent::LazyBit);
   TensorDoor::set_keys(tensor, (tensor.is_inference() ? kLazyKeys : kLazyKeys | autograd) | bits);
   return std::move(result);

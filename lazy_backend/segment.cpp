@@ -70,7 +70,6 @@ at::Tensor Segment::make_new(const Result& result) {
 }
 
 at::Tensor Segment::make_alias(const Result& result, c10::DispatchKeySet keys) const {
-  constexpr c10::DispatchKeySet kBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
   const Geometry& geometry = *result.geometry;
   c10::Storage storage(
       c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(at(result.slot)));
@@ -80,7 +79,7 @@ at::Tensor Segment::make_alias(const Result& result, c10::DispatchKeySet keys) c
       keys = keys | c10::getAutogradRelatedKeySetFromBackend(c10::BackendComponent::LazyBit);
     }
   }
-  keys = keys - kBits;
+  keys = keys - kViewBits;
   if (C10_UNLIKELY(geometry.conjugate)) keys = keys.add(c10::DispatchKey::Conjugate);
   if (C10_UNLIKELY(geometry.negative)) keys = keys.add(c10::DispatchKey::Negative);
   auto impl = c10::make_intrusive<c10::TensorImpl>(

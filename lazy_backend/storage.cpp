@@ -141,12 +141,10 @@ void LazyStorage::drop_made() {
 int64_t LazyStorage::live_on_this_thread() { return live_storages; }
 
 namespace {
-constexpr c10::DispatchKeySet kBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
-
 /// A tensor over `storage` with a lazy one's geometry and bits.
 at::Tensor like_over(const c10::Storage& storage, c10::DispatchKeySet keys, const at::Tensor& lazy) {
   auto impl = c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(storage),
-                                                   keys | (lazy.key_set() & kBits), lazy.dtype());
+                                                   keys | (lazy.key_set() & kViewBits), lazy.dtype());
   impl->set_sizes_and_strides(lazy.sizes(), lazy.strides(), lazy.storage_offset());
   return at::Tensor(std::move(impl));
 }
@@ -172,7 +170,7 @@ at::Tensor wrap(c10::intrusive_ptr<LazyStorage> storage, const at::Tensor& like,
                 c10::DispatchKeySet keys) {
   auto impl = c10::make_intrusive<c10::TensorImpl>(
       c10::TensorImpl::VIEW, c10::Storage(std::move(storage)),
-      (keys - kBits) | (like.key_set() & kBits), like.dtype());
+      (keys - kViewBits) | (like.key_set() & kViewBits), like.dtype());
   impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
   return at::Tensor(std::move(impl));
 }

@@ -124,6 +124,9 @@ inline LazyStorage* lazy_storage(const at::Tensor& tensor) {
   return lazy_storage(tensor.unsafeGetTensorImpl());
 }
 
+/// Of a tensor's dispatch keys, those that say how its bytes are to be read.
+inline constexpr c10::DispatchKeySet kViewBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+
 /// The tensor of the backing device over the same bytes, with the same geometry
 /// and conjugate and negative bits. The storage must have a backing.
 at::Tensor unwrap(const at::Tensor& lazy);
