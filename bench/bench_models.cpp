@@ -10,6 +10,10 @@
 ///   first_compiled_step_s  from the first step to the end of the first compiled one
 ///   compiled               share of the timed segments that ran as compiled programs
 ///   compared_compiled      the same of the segments whose numbers are compared
+/// and, where the backing device is a GPU,
+///   host_ms                median time until a step's calls have returned, with the GPU idle
+///                          before
+///   eager_queued_ms, reprise_queued_ms   a step of some that nobody waits for one by one
 #include <benchmark/benchmark.h>
 #include <reprise/reprise.h>
 
@@ -37,6 +41,13 @@ constexpr double kTolerance = 1e-5;  // as bench/report.py has it
 constexpr double kComparedLearningRate = 1e-9;  // see Job::set_learning_rate
 constexpr double kLearningRates[] = {1e-3, kComparedLearningRate, 1e-3, 1e-3};
 
+/// On a GPU, beside its host.
+struct Queued {
+  double host_s = 0.0;
+  double eager_s = 0.0;
+  double lazy_s = 0.0;
+};
+
 struct Row {
   bench::PairedTiming timing;
   double max_rel_diff = 0.0;
@@ -45,6 +56,7 @@ struct Row {
   double programs = 0.0;
   double compiled = 0.0;
   std::optional<double> first_compiled_step_s;
+  std::optional<Queued> queued;
   bench::Job lazy;
 };
 
@@ -59,6 +71,35 @@ void lazy_step(bench::Job& job) {
 
 double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+void queued_lazy_steps(bench::Job& job, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    job.step();
+    reprise::mark_step();
+  }
+  reprise::sync();
+}
+
+Queued measure_queued(bench::Job& job, bench::EagerProcess& eager, double step_s) {
+  constexpr int kSamples = 9;
+  constexpr double kQueue_s = 50e-3;
+  std::vector<double> host_s, eager_s, lazy_s;
+  const auto steps = std::max<int64_t>(10, static_cast<int64_t>(kQueue_s / step_s));
+  for (int sample = 0; sample < kSamples; ++sample) {
+    lazy_step(job);
+    const auto begin = Clock::now();
+    {
+      const auto output = job.step();
+      reprise::mark_step();
+    }
+    host_s.push_back(seconds_since(begin));
+    reprise::sync();
+    eager_s.push_back(eager.queued_steps(steps) / static_cast<double>(steps));
+    lazy_s.push_back(bench::seconds_of(1, [&] { queued_lazy_steps(job, steps); }) /
+                     static_cast<double>(steps));
+  }
+  return {bench::median(host_s), bench::median(eager_s), bench::median(lazy_s)};
 }
 
 /// Share of the segments since `before` that ran as compiled programs.
@@ -173,6 +214,9 @@ Row measure(const bench::Workload& workload) {
       [&](int64_t steps) { return eager.steps(steps); },
       [&](int64_t steps) { return bench::seconds_of(steps, [&] { lazy_step(row.lazy); }); });
   row.compiled = compiled_share(settled);
+  if (eager_device.is_cuda()) {
+    row.queued = measure_queued(row.lazy, eager, row.timing.candidate_s);
+  }
   row.programs += static_cast<double>(programs_ready(reprise::statistics()) - programs_ready(settled));
   return row;
 }
@@ -200,6 +244,11 @@ void run(benchmark::State& state, const bench::Workload& workload) {
   state.counters["programs"] = row.programs;
   state.counters["compiled"] = row.compiled;
   state.counters["compared_compiled"] = row.compared_compiled;
+  if (row.queued) {
+    state.counters["host_ms"] = 1e3 * row.queued->host_s;
+    state.counters["eager_queued_ms"] = 1e3 * row.queued->eager_s;
+    state.counters["reprise_queued_ms"] = 1e3 * row.queued->lazy_s;
+  }
   if (row.first_compiled_step_s) {
     state.counters["first_compiled_step_s"] = *row.first_compiled_step_s;
   } else {

@@ -5,6 +5,7 @@
 ///   explicit/mlp_training  forward, backward and SGD with momentum of a small network
 ///   explicit/mlp_training_adam  the same with Adam
 ///   explicit/gpt_training  the same of the zoo's GPT, eager in its own process
+///   zoo/MODEL/MODE         what bench_models times, each step a call; with REPRISE_BENCH_ZOO=1
 ///   threads                8 threads that call one function
 ///   warm_start             a program that trains a small network with Adam and knows nothing
 ///                          of Reprise, started again; an iteration is a start
@@ -12,6 +13,7 @@
 /// Counters:
 ///   us_per_call         time of a call
 ///   vs_eager            that in proportion to eager's, taken in turns
+///   host_us             on a GPU: until the call has returned, with the GPU idle before
 ///   verified            ops of the timed calls that were verified, not replayed
 ///   share_of_cores      calls of all threads in proportion to those of one thread times the
 ///                       cores
@@ -57,17 +59,36 @@ bench::Timed repeated(Call call) {
   return [call = std::move(call)](int64_t times) { return bench::seconds_of(times, call); };
 }
 
+/// Waits for what is queued on a GPU.
+void wait() {
+  if (reprise::backing_device().is_cuda()) torch::cuda::synchronize(reprise::backing_device().index());
+}
+
+double host_us(const Call& call) {
+  std::vector<double> us;
+  for (int k = 0; k < 101; ++k) {
+    wait();
+    us.push_back(1e6 * bench::seconds_of(1, call));
+  }
+  return bench::median(us);
+}
+
+/// `compiled` does not wait for a GPU.
 void measure(benchmark::State& state, const bench::Timed& eager, const Call& compiled) {
   for (int call = 0; call < 64; ++call) {  // until it is replayed, and known to be faster
     compiled();
     reprise::wait_for_compiles();
   }
   const auto before = reprise::statistics();
-  const auto timing = bench::time_in_pairs(eager, repeated(compiled));
+  const auto timing = bench::time_in_pairs(eager, repeated([&] {
+    compiled();
+    wait();
+  }));
   for (auto _ : state) compiled();
   const auto after = reprise::statistics();
   state.counters["us_per_call"] = 1e6 * timing.candidate_s;
   state.counters["vs_eager"] = 1.0 / timing.speedup;
+  if (reprise::backing_device().is_cuda()) state.counters["host_us"] = host_us(compiled);
   state.counters["verified"] = static_cast<double>(after.ops_verified - before.ops_verified);
 }
 
@@ -77,9 +98,13 @@ void chain100(benchmark::State& state) {
     for (int k = 0; k < 50; ++k) x = x * 1.01 + 0.1;
     return x;
   };
-  const auto host = torch::rand({8}), lazy = host.to(torch::kLazy);
+  const auto eager = torch::rand({8}).to(reprise::backing_device()), lazy = eager.to(torch::kLazy);
   const auto compiled = reprise::compile(chain);
-  measure(state, repeated([&] { chain(host); }), [&] { compiled(lazy); });
+  const auto one = [&] {
+    chain(eager);
+    wait();
+  };
+  measure(state, repeated(one), [&] { compiled(lazy); });
 }
 
 using OptimizerPtr = std::shared_ptr<torch::optim::Optimizer>;
@@ -102,12 +127,18 @@ void mlp_training(benchmark::State& state, const MakeOptimizer& optimizer_of) {
     };
     return std::pair(step, optimizer);
   };
-  auto eager = make(torch::kCPU).first;
+  const auto device = reprise::backing_device();
+  auto eager = make(device).first;
   const auto [step, optimizer] = make(torch::kLazy);
   const auto compiled = reprise::compile(step, {.optimizers = {optimizer.get()}});
-  const auto x = torch::rand({32, 64}), y = torch::randint(10, {32}, torch::kLong);
+  const auto x = torch::rand({32, 64}).to(device);
+  const auto y = torch::randint(10, {32}, torch::kLong).to(device);
   const auto lazy_x = x.to(torch::kLazy), lazy_y = y.to(torch::kLazy);
-  measure(state, repeated([&] { eager(x, y); }), [&] { compiled(lazy_x, lazy_y); });
+  const auto one = [&] {
+    eager(x, y);
+    wait();
+  };
+  measure(state, repeated(one), [&] { compiled(lazy_x, lazy_y); });
 }
 
 void with_sgd(benchmark::State& state) {
@@ -123,17 +154,19 @@ void with_adam(benchmark::State& state) {
   });
 }
 
-void gpt_training(benchmark::State& state) {
-  const auto& workload = bench::gpt_sgd_training();
+void step_of(benchmark::State& state, const bench::Workload& workload) {
   bench::EagerProcess eager(workload.name(), reprise::backing_device());
-  const auto compiled = reprise::compile(workload.on(torch::kLazy).step);
+  const auto job = workload.on(torch::kLazy);
+  const auto compiled = reprise::compile(job.step, {.optimizers = job.optimizers});
   measure(
       state, [&](int64_t steps) { return eager.steps(steps); },
       [&] {
         compiled();
-        reprise::sync();
+        reprise::mark_step();  // where it is not replayed
       });
 }
+
+void gpt_training(benchmark::State& state) { step_of(state, bench::gpt_sgd_training()); }
 
 void threads(benchmark::State& state) {
   constexpr int kThreads = 8;
@@ -314,5 +347,12 @@ BENCHMARK(warm_start)->Name("warm_start")->Iterations(kStarts)->Unit(benchmark::
 int main(int argc, char** argv) {
   if (bench::served_eager_steps(argc, argv) || served_start(argc, argv)) return 0;
   bench::set_threads();
+  const char* const zoo = std::getenv("REPRISE_BENCH_ZOO");
+  for (const auto& workload : bench::workloads()) {
+    if (zoo == nullptr || std::string_view(zoo) != "1") break;
+    benchmark::RegisterBenchmark(("zoo/" + workload.name()).c_str(),
+                                 [&](benchmark::State& state) { step_of(state, workload); })
+        ->Unit(benchmark::kMillisecond);
+  }
   return bench::run_registered(argc, argv);
 }

@@ -25,7 +25,12 @@ class EagerProcess {
   /// std::runtime_error when the process has ended.
   double steps(int64_t count);
 
+  /// The same of steps of which only the last is waited for: on a GPU they queue.
+  double queued_steps(int64_t count);
+
  private:
+  double ask(int64_t steps);
+
   ChildProcess child_;
 };
 

@@ -118,6 +118,7 @@ Job forward_job(
       .step = step,
       .state = [] { return std::vector<torch::Tensor>{}; },
       .set_learning_rate = {},
+      .optimizers = {},
       .model = model.ptr(),
       .input = on_device};
 }
@@ -155,6 +156,7 @@ Job training(const Classification<Model>& task, const Place& where, const Option
             return std::vector<torch::Tensor>{all_gradients(*model), all_moments(*optimizer)};
           },
       .set_learning_rate = [=](double rate) { set_rate(*optimizer, rate); },
+      .optimizers = {optimizer.get()},
       .model = nullptr,
       .input = nullptr};
 }
@@ -269,6 +271,7 @@ Job dcgan_training(const Place& where) {
       .step = step,
       .state = state,
       .set_learning_rate = set_both,
+      .optimizers = {generator_optimizer.get(), discriminator_optimizer.get()},
       .model = nullptr,
       .input = nullptr};
 }
@@ -307,6 +310,7 @@ Job argon_step(const Place& where) {
       .step = step,
       .state = compared,
       .set_learning_rate = {},
+      .optimizers = {},
       .model = nullptr,
       .input = nullptr};
 }
@@ -333,6 +337,7 @@ Job option_greeks(const Place& where) {
       .step = step,
       .state = [] { return std::vector<torch::Tensor>{}; },
       .set_learning_rate = {},
+      .optimizers = {},
       .model = nullptr,
       .input = nullptr};
 }

@@ -31,6 +31,9 @@ struct Job {
   /// program is the one that is timed.
   std::function<void(double)> set_learning_rate;
 
+  /// Whose `step()` it calls, once a step; they live as long as `step`.
+  std::vector<torch::optim::Optimizer*> optimizers;
+
   /// What `step` reads, where it is a forward pass, for who must move it himself.
   std::shared_ptr<torch::nn::Module> model;
   std::shared_ptr<torch::Tensor> input;
