@@ -136,6 +136,11 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
         break;
     }
   }
+  // As the function does. Whoever still holds one when a CUDA graph runs again has it copied.
+  for (const Plan::Gradient& gradient : plan.gradients) {
+    if (!gradient.was_there) continue;
+    if (const auto leaf = gradient.leaf.lock()) leaf->mutable_grad().reset();
+  }
   std::vector<at::Tensor> made;
   try {
     RECORD_FUNCTION("reprise::replay", c10::ArrayRef<const c10::IValue>());
