@@ -390,9 +390,11 @@ TEST_F(Layers, RecurrentLayers) {
 }
 
 /// Not to the bit: on the CPU eager multiplies the inputs of all time steps at once (RNN.cpp,
-/// FullLayer), which it asks the tensor's device for, and on other devices one by one.
+/// FullLayer), which it asks the tensor's device for, and on other devices one by one. On a GPU
+/// they are cuDNN's, between segments.
 TEST_F(Layers, GatedRecurrentLayers) {
-  const auto run = [](torch::Device device, int steps) -> Tensors {
+  uint64_t recorded_at_last = 0;
+  const auto run = [&](torch::Device device, int steps) -> Tensors {
     torch::manual_seed(5);
     torch::nn::GRU gru(torch::nn::GRUOptions(6, 3).bidirectional(true));
     torch::nn::RNN rnn(torch::nn::RNNOptions(6, 4));
@@ -401,11 +403,13 @@ TEST_F(Layers, GatedRecurrentLayers) {
     const auto x = random(device, {5, 2, 6});
     Tensors out;
     for (int step = 0; step < steps; ++step) {
+      const Statistics before = statistics();
       const auto y = std::get<0>(gru->forward(x));
       const auto z = std::get<0>(rnn->forward(y));
       out = joined({y, z}, torch::autograd::grad({y.square().sum() + z.sum()}, joined(gru->parameters(), rnn->parameters())));
       mark_step();
       wait_for_compiles();
+      recorded_at_last = since(before).ops_recorded;
     }
     return out;
   };
@@ -413,7 +417,10 @@ TEST_F(Layers, GatedRecurrentLayers) {
   const Tensors expected = run(eager_device(), 1), actual = run(torch::kLazy, 6);
   ASSERT_EQ(actual.size(), expected.size());
   for (size_t k = 0; k < expected.size(); ++k) expect_close(actual[k], expected[k], 100);
-  EXPECT_EQ(since(before).segments_recorded, 1u);
+  EXPECT_EQ(recorded_at_last, 0u);
+  if (eager_device().is_cpu()) {
+    EXPECT_EQ(since(before).segments_recorded, 1u);
+  }
 }
 
 TEST_F(Layers, Losses) {

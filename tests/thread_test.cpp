@@ -75,7 +75,8 @@ TEST_F(Threads, OpsRunWhenAllElseOfAThreadHasEnded) {
     SCOPED_TRACE(paused);
     float sum = 0;
     std::thread([&] {
-      thread_local Last last;  // made first, and so destroyed last
+      torch::ones({1}, eager_device());  // what libtorch itself has for a thread of a GPU outlives it
+      thread_local Last last;  // made before ours, and so destroyed after it
       last.sum = &sum;
       last.x = torch::ones({4}).to(torch::kLazy);
       reprise::testing::pause_recording(paused);
