@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/library.h>
@@ -13,11 +14,13 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <charconv>
 #include <filesystem>
 #include <map>
 #include <mutex>
 #include <nlohmann/json.hpp>
 
+#include "lazy_backend/gpu.h"
 #include "lazy_backend/session.h"
 #include "lazy_backend/storage.h"
 #include "lazy_backend/trace_tree.h"
@@ -105,6 +108,15 @@ c10::Device device_of(const std::unordered_map<std::string, std::string>& metada
   const c10::Device device(named == metadata.end() ? "cpu" : named->second);
   TORCH_CHECK(device.is_cpu() || (device.is_cuda() && at::hasCUDA()), "it was compiled for ",
               device.type(), ", and there is no such device here");
+  const auto capability = metadata.find("AOTI_COMPUTE_CAPABILITY");
+  if (device.is_cuda() && capability != metadata.end()) {
+    int number = 0;
+    const char* const end = capability->second.data() + capability->second.size();
+    const bool is_number = std::from_chars(capability->second.data(), end, number).ptr == end;
+    const c10::Device here = device.has_index() ? device : c10::impl::VirtualGuardImpl(c10::kCUDA).getDevice();
+    TORCH_CHECK(!is_number || runs_code_for(here, number), "it was compiled for sm_", number, ", and ", here, " is ",
+                gpu_model(here));
+  }
   return device;
 }
 

@@ -15,9 +15,16 @@ std::string gpu_model(c10::Device device) {
   return c10::str(gpu.name, " sm_", gpu.major, gpu.minor);
 }
 
+bool runs_code_for(c10::Device device, int capability) {
+  if (!device.is_cuda()) return true;
+  const cudaDeviceProp& gpu = *at::cuda::getDeviceProperties(device.index());
+  return capability / 10 == gpu.major && capability % 10 <= gpu.minor;
+}
+
 #else
 
 std::string gpu_model(c10::Device) { return ""; }
+bool runs_code_for(c10::Device, int) { return true; }
 
 #endif
 

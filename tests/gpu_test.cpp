@@ -1,5 +1,7 @@
 // What only a GPU has: streams, graphs, and memory that is given back to a pool.
+#include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/torch.h>
 
@@ -147,6 +149,101 @@ TEST_F(Gpu, CompiledFunctionsAreGraphsToo) {
   }
   expect_all_close(held, expected, 10);
   EXPECT_GE(since(before).cuda_graph_replays, 8u) << explain();
+}
+
+/// Allocations of the GPU's memory so far.
+int64_t allocations() {
+  return c10::cuda::CUDACachingAllocator::get()->getDeviceStats(0).allocation[0].allocated;
+}
+
+TEST_F(Gpu, ATrainingStepThatIsReplayedNeedsNoNewMemory) {
+  auto net = network(torch::kLazy);
+  auto optimizer = torch::optim::SGD(net->parameters(), torch::optim::SGDOptions(0.1).momentum(0.9));
+  const auto step = compile([&](const torch::Tensor& x) {
+    optimizer.zero_grad();
+    const auto loss = net->forward(x).square().mean();
+    loss.backward();
+    optimizer.step();
+    return loss.detach();
+  });
+  const auto x = given(torch::kLazy, {16, 8}, 1);
+  for (int call = 0; call < 40; ++call) {
+    step(x);
+    settle();
+  }
+  // Gradients lie in the graph's memory, and those of the step before need not be kept.
+  const Statistics before = statistics();
+  const int64_t allocated = allocations();
+  for (int call = 0; call < 10; ++call) step(x);
+  EXPECT_EQ(since(before).cuda_graph_replays, 10u) << explain();
+  EXPECT_EQ(allocations(), allocated);
+}
+
+TEST_F(Gpu, AProgramThatRunsOutOfMemoryFailsAndIsThereAgain) {
+  torch::NoGradGuard no_grad;
+  auto& allocator = *c10::cuda::CUDACachingAllocator::get();
+  auto net = network(torch::kLazy);
+  const auto x = given(torch::kLazy, {1 << 16, 8}, 1);
+  torch::Tensor expected;
+  for (int call = 0; call < 3; ++call) {  // not yet a graph, which has its memory
+    expected = net->forward(x).cpu();
+    settle();
+  }
+  const auto all = static_cast<double>(at::cuda::getCurrentDeviceProperties()->totalGlobalMem);
+  torch::cuda::synchronize();
+  allocator.emptyCache();
+  const auto reserved = static_cast<double>(allocator.getDeviceStats(0).reserved_bytes[0].current);
+  allocator.setMemoryFraction((reserved + (1 << 20)) / all, 0);
+  EXPECT_THROW(net->forward(x).cpu(), c10::OutOfMemoryError);
+  allocator.setMemoryFraction(1.0, 0);
+  for (int call = 0; call < 12; ++call) {
+    expect_close(net->forward(x).cpu(), expected, 10);
+    settle();
+  }
+}
+
+/// Looks rows of a table up, once with an index that is not there, in a process of its own: the
+/// GPU is of no use afterwards.
+[[noreturn]] void look_up_what_is_not_there(bool replayed) {
+  torch::NoGradGuard no_grad;
+  const auto table = given(torch::kLazy, {10, 4}, 1);
+  const auto look_up = [&](int64_t index) {
+    return ((table.index_select(0, torch::full({3}, index, torch::kLong).to(torch::kLazy)) + 1) * table[0]).sin();
+  };
+  for (int call = 0; replayed && call < 12; ++call) {
+    look_up(call % 10).cpu();
+    settle();
+  }
+  try {
+    look_up(1 << 20).cpu();
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << std::endl;
+    std::_Exit(3);
+  }
+  std::_Exit(0);
+}
+
+TEST_F(Gpu, AnIndexThatIsNotThereIsEagersError) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(look_up_what_is_not_there(/*replayed=*/false), ::testing::ExitedWithCode(3), "device-side assert");
+  EXPECT_EXIT(look_up_what_is_not_there(/*replayed=*/true), ::testing::ExitedWithCode(3), "device-side assert");
+}
+
+TEST_F(Gpu, APackageForAnotherArchitectureSaysSo) {
+  const auto* const gpu = at::cuda::getCurrentDeviceProperties();
+  const std::string other = gpu->major == 8 ? "sm_90" : "sm_80";
+  const std::string path = ::testing::TempDir() + "another_architecture.pt2";
+  torch::NoGradGuard no_grad;
+  const auto net = network(torch::kLazy);
+  export_package(net, std::tuple(given(torch::kLazy, {6, 8}, 1)), path, {.target = CompileTarget{.architecture = other}});
+  try {
+    load_package(path);
+    ADD_FAILURE() << "loaded";
+  } catch (const c10::Error& error) {
+    EXPECT_NE(std::string(error.what_without_backtrace()).find("it was compiled for " + other + ", and cuda:0 is"),
+              std::string::npos)
+        << error.what_without_backtrace();
+  }
 }
 
 TEST_F(Gpu, DropoutDrawsEagersMask) {
