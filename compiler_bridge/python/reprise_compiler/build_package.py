@@ -167,7 +167,8 @@ def _lower(program: TraceProgram, folder: Path) -> tuple[Any, Symbols | None]:
     """The package's files, in `folder`, and the symbols with the guards that were met."""
     _set_call_spec(program)
     symbols = Symbols(program.hints) if program.hints else None
-    with _for_device(program):
+    weights = contextlib.nullcontext() if program.export is None else torch_patches.without_constants()
+    with _for_device(program), weights:
         files = torch._inductor.aot_compile(
             program.module,
             fake_inputs(program, symbols),

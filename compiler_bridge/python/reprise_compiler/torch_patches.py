@@ -42,6 +42,7 @@ from torch._inductor.codegen import common, cpp, cpp_wrapper_cpu
 from torch._inductor.fx_passes import joint_graph, post_grad
 from torch._inductor.exc import CppCompileError
 from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _traceback
 from torch.utils._ordered_set import OrderedSet
 
@@ -183,6 +184,14 @@ def without_splitting_loops() -> contextlib.AbstractContextManager[None]:
     """Within it, loops are fused only where they have the same ranges as they are."""
     compatible = (cpp.CppScheduling, "_can_fuse_nodes_with_compatible_ranges")
     return in_force(iter([(*compatible, lambda self, node1, node2: False)]))
+
+
+def without_constants() -> contextlib.AbstractContextManager[None]:
+    """Within it, no op is computed for good whose tensors are known. A package's weights are not
+    what they were when it was made: an optimizer's counter, which torch 2.15.0 takes for the
+    number that it holds where the host needs that number.
+    """
+    return in_force(iter([(FakeTensorMode, "may_turn_const", lambda self, tensor: False)]))
 
 
 _stock_masked = cpp.CppVecOverrides.masked
