@@ -362,10 +362,10 @@ const std::vector<Workload>& workloads() {
     add(rows, "gpt_fused", gpt(cpp_models::Attention::kFused));
     rows.push_back({"dcgan", "forward", dcgan_generation});
     rows.push_back({"dcgan", "train", dcgan_training});
-    rows.push_back({"argon", "forward", argon_energy});
-    rows.push_back({"argon", "step", argon_step});
-    rows.push_back({"option_pricer", "forward", option_price});
-    rows.push_back({"option_pricer", "greeks", option_greeks});
+    rows.push_back({"argon", "forward", argon_energy, /*has_batches=*/false});
+    rows.push_back({"argon", "step", argon_step, /*has_batches=*/false});
+    rows.push_back({"option_pricer", "forward", option_price, /*has_batches=*/false});
+    rows.push_back({"option_pricer", "greeks", option_greeks, /*has_batches=*/false});
     return rows;
   }();
   return kWorkloads;

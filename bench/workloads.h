@@ -55,6 +55,8 @@ struct Workload {
   /// Makes its job.
   std::function<Job(const Place&)> make;
 
+  bool has_batches = true;
+
   Job on(torch::Device device, uint64_t disturbance = 0) const {
     return make({device, disturbance});
   }

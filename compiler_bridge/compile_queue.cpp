@@ -288,10 +288,10 @@ std::shared_ptr<Runner> as_graph(const Program& program) {
 }
 
 /// For reports of compiles that fail.
-void dump(const Program& program, const std::string& trace) {
+void dump(const std::string& name, const std::string& trace) {
   const char* folder = std::getenv("REPRISE_DUMP_TRACES");
   if (folder == nullptr) return;
-  const std::string file = c10::str(folder, "/", program.name, ".json");
+  const std::string file = c10::str(folder, "/", name, ".json");
   if (std::FILE* out = std::fopen(file.c_str(), "w")) {
     std::fwrite(trace.data(), 1, trace.size(), out);
     std::fclose(out);
@@ -322,7 +322,7 @@ void CompileQueue::process(Program& program) {
   if (!program.other_sizes.empty()) return process_all_sizes(program);
   const std::string trace = write_trace(program);
   const std::string key = ArtifactStore::get().key(trace);
-  dump(program, trace);
+  dump(program.name, trace);
 
   std::optional<SplitTrace> split;
   std::shared_ptr<ProgramFamily> family;
@@ -351,7 +351,7 @@ void CompileQueue::process_all_sizes(Program& program) {
   program.other_sizes.clear();
   auto outline = std::make_shared<TraceOutline>();
   const std::string trace = write_trace(program, outline.get());
-  dump(program, trace);
+  dump(program.name, trace);
   SplitTrace split(trace);
   name_sites(split, program);
   const std::shared_ptr<ProgramFamily> family = note(split);
@@ -450,6 +450,7 @@ bool CompileQueue::serve_or_compile(Program& program, const SplitTrace& split,
               general->symbol_count(), " symbols (",
               general->symbols_text(*general->symbols_of(split.integers)), ") is compiled");
   const std::string key = ArtifactStore::get().key(general->text());
+  dump(program.name + "-symbols", general->text());
   std::string problem;
   try {
     auto runner = load(key, backing_device_of(program.device_index));

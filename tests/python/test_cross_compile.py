@@ -30,6 +30,7 @@ LIBRARY_OPS = {
 # Ops that Inductor writes no kernel for.
 OTHER_OPS = {"cumsum", "index_put_", "scatter_reduce_", "max_pool2d_with_indices_backward"}
 EM_CUDA = 190
+ANY_BATCH = "-any-batch"
 
 
 @dataclass
@@ -94,15 +95,23 @@ class CrossCompile(unittest.TestCase):
         self.builder.compile(json.dumps(trace | {"target": target}), str(package))
         return look_into(package, len(trace["steps"]))
 
-    def test_every_model_of_the_zoo(self) -> None:
-        rows = []
+    def recorded(self) -> dict[str, dict]:
+        """The trace of each model's step."""
+        steps = {}
         for folder in sorted(p for p in self.folder.iterdir() if p.is_dir() and "-" in p.name):
+            if folder.name.endswith(ANY_BATCH):
+                continue
             traces = self.traces(folder.name)
             self.assertTrue(traces, f"{folder.name} was not recorded")
-            trace = max(traces, key=lambda t: len(t["steps"]))
-            with self.subTest(folder.name):
+            steps[folder.name] = max(traces, key=lambda t: len(t["steps"]))
+        return steps
+
+    def compile_all(self, traces: dict[str, dict]) -> None:
+        rows = []
+        for name, trace in traces.items():
+            with self.subTest(name):
                 compiled, architectures = self.compile(trace, "sm_90")
-                rows.append((folder.name, compiled))
+                rows.append((name, compiled))
                 self.assertEqual(set(architectures), {90})
                 # Ops are fused, and nothing falls back that should not.
                 self.assertGreaterEqual(compiled.launches, compiled.kernels)
@@ -110,9 +119,27 @@ class CrossCompile(unittest.TestCase):
                 self.assertEqual(set(compiled.library) - LIBRARY_OPS - OTHER_OPS, set())
                 self.assertEqual(compiled.through_the_dispatcher, [])
                 self.assertFalse(compiled.reads_numbers)
-        print(f"\n{'model':24} {'ops':>5} {'kernels':>8} {'launches':>9} {'library calls':>14}")
+        print(f"\n{'model':32} {'ops':>5} {'kernels':>8} {'launches':>9} {'library calls':>14}")
         for name, c in rows:
-            print(f"{name:24} {c.ops:5} {c.kernels:8} {c.launches:9} {len(c.library):14}")
+            print(f"{name:32} {c.ops:5} {c.kernels:8} {c.launches:9} {len(c.library):14}")
+
+    def test_every_model_of_the_zoo(self) -> None:
+        self.compile_all(self.recorded())
+
+    def test_every_model_that_has_batches_for_all_sizes_of_them(self) -> None:
+        traces = {}
+        for name, trace in self.recorded().items():
+            over_symbols = [
+                json.loads(p.read_text()) for p in (self.folder / (name + ANY_BATCH)).glob("*-symbols.json")
+            ]
+            # Not of an optimizer's first step, which is another one.
+            same_step = [t for t in over_symbols if len(t["steps"]) == len(trace["steps"])]
+            if name.startswith(("argon", "option_pricer")):
+                self.assertEqual(over_symbols, [])
+            else:
+                self.assertTrue(same_step, f"{name} was not recorded over symbols")
+                traces[name + ANY_BATCH] = same_step[0]
+        self.compile_all(traces)
 
     def test_weights_are_packed_and_go_to_the_gpu(self) -> None:
         weights = [torch.randn(8, 8), torch.randn(8, 8), torch.randn(8), torch.tensor(2.5)]
