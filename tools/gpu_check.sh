@@ -10,6 +10,7 @@
 #   BUILD       the build folder; build/gpu-check. With binaries in it, `build` can be left out.
 #   OUT         where logs and report go; BUILD/report
 #   JOBS        processes at once; the machine's cores
+#   BATCH       size of the batches of what is timed; each model's usual one
 #   GOOGLETEST_SOURCE, BENCHMARK_SOURCE   source folders, where the libraries are not installed
 #   PACKAGE     a package that `export_gpt PACKAGE --device lazy --target sm_90` has made where
 #               there is no GPU, with its .expected beside it; none
@@ -19,6 +20,7 @@ PYTHON=$(command -v "${PYTHON:-python3}")
 BUILD=${BUILD:-$PWD/build/gpu-check}
 OUT=${OUT:-$BUILD/report}
 JOBS=${JOBS:-$(nproc)}
+[ -n "${BATCH:-}" ] && export REPRISE_BENCH_BATCH=$BATCH
 mkdir -p "$OUT"
 parts=${*:-build test fuzz conformance sanitize bench peers package report}
 
@@ -91,13 +93,15 @@ part_bench() {
     timed bench-models 120 bin/bench_models "--benchmark_out=$OUT/bench-models.json"
     REPRISE_CUDA_GRAPHS=0 timed bench-models-without-graphs 100 \
       bin/bench_models "--benchmark_out=$OUT/bench-models-without-graphs.json"
-    timed bench-runtime 40 bin/bench_runtime "--benchmark_out=$OUT/bench-runtime.json"
+    # The same steps as compiled functions: their programs are those of the rows above.
+    REPRISE_BENCH_ZOO=1 timed bench-functions 100 \
+      bin/bench_runtime '--benchmark_filter=^zoo/' "--benchmark_out=$OUT/bench-functions.json"
   )
 }
 
 part_peers() {
   TORCHINDUCTOR_CACHE_DIR=$BUILD/inductor timed peers 240 "$PYTHON" bench/peers/torch_compile.py \
-    --device cuda:0 --out "$OUT/peers.json" --seconds 0.3 --warm "$JOBS"
+    --device cuda:0 --out "$OUT/peers.json" --seconds 0.3 --warm "$JOBS" ${BATCH:+--batch "$BATCH"}
 }
 
 part_package() {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -62,12 +63,45 @@ def report(out: Path) -> dict[str, Any]:
     if (out / "sanitize.log").exists():
         found["sanitize"] = last_line(out / "sanitize.log")
     found["bench"] = {name: rows(out / f"{name}.json")
-                      for name in ("bench-models", "bench-models-without-graphs", "bench-runtime")}
+                      for name in ("bench-models", "bench-models-without-graphs", "bench-functions")}
     try:
         found["peers"] = json.loads((out / "peers.json").read_text())["rows"]
     except (OSError, json.JSONDecodeError, KeyError):
         found["peers"] = {}
     return found
+
+
+COLUMNS = ("eager ms", "reprise ms", "speedup", "without graphs", "host ms", "eager queued ms",
+           "reprise queued ms", "function ms", "function host us", "torch.compile ms", "reduce-overhead ms")
+
+
+def timings(found: dict[str, Any]) -> list[str]:
+    lines = ["| model | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+    speedups, over_peer = [], []
+    for name, row in found["bench"]["bench-models"].items():
+        if "speedup" not in row:
+            continue
+        plain = found["bench"]["bench-models-without-graphs"].get(name, {})
+        function = found["bench"]["bench-functions"].get("zoo/" + name, {})
+        peer = found["peers"].get(name, {})
+        us_per_call = function.get("us_per_call")
+        numbers = (
+            row["eager_ms"], row["reprise_ms"], row["speedup"], plain.get("speedup"), row.get("host_ms"),
+            row.get("eager_queued_ms"), row.get("reprise_queued_ms"),
+            None if us_per_call is None else us_per_call / 1e3, function.get("host_us"),
+            peer.get("default_ms"), peer.get("reduce-overhead_ms"),
+        )
+        lines.append(f"| {name} |" + "".join(" – |" if n is None else f" {n:.3g} |" for n in numbers))
+        speedups.append(row["speedup"])
+        if "reduce-overhead_ms" in peer:
+            over_peer.append(peer["reduce-overhead_ms"] / row["reprise_ms"])
+    if speedups:
+        lines += ["", f"Speedup over eager: geometric mean {statistics.geometric_mean(speedups):.2f}, "
+                      f"lowest {min(speedups):.2f}."]
+    if over_peer:
+        lines.append(f"Over torch.compile's reduce-overhead: geometric mean {statistics.geometric_mean(over_peer):.2f} "
+                     f"of {len(over_peer)} rows.")
+    return lines
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -79,18 +113,7 @@ def markdown(found: dict[str, Any]) -> str:
         lines += [f"- {name}: `{line}`" for name, line in found[kind].items()]
     if "sanitize" in found:
         lines.append(f"- compute-sanitizer: `{found['sanitize']}`")
-    lines += ["", "| model | eager ms | reprise ms | speedup | without graphs | torch.compile ms | reduce-overhead ms |",
-              "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    plain = found["bench"]["bench-models-without-graphs"]
-    for name, row in found["bench"]["bench-models"].items():
-        if "speedup" not in row:
-            continue
-        other = plain.get(name, {}).get("speedup")
-        peer = found["peers"].get(name, {})
-        lines.append(f"| {name} | {row['eager_ms']:.3f} | {row['reprise_ms']:.3f} | {row['speedup']:.2f} | "
-                     + (f"{other:.2f} |" if other is not None else "– |")
-                     + "".join(f" {peer[key]:.3f} |" if key in peer else " – |"
-                               for key in ("default_ms", "reduce-overhead_ms")))
+    lines += ["", *timings(found)]
     lines += ["", "| part | status | seconds |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {p['status']} | {p['seconds']} |" for name, p in found["parts"].items()]
     return "\n".join(lines) + "\n"
