@@ -150,11 +150,12 @@ const std::unordered_map<std::string_view, Exception>& exceptions() {
        {.kind = Kind::kTrace, .constant_floats = true, .host_results = true, .dropout_argument = 5}},
       {"aten::_scaled_dot_product_cudnn_attention",
        {.kind = Kind::kTrace, .constant_floats = true, .host_results = true, .dropout_argument = 5}},
-      // These draw what the forward pass drew, from the seed that it returned.
+      // These draw what the forward pass drew, from the seed that it returned: on the host, where
+      // their kernels read it (attention_backward.cu, torch 2.11).
       {"aten::_scaled_dot_product_efficient_attention_backward",
-       {.kind = Kind::kTrace, .constant_floats = true}},
+       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 9}},
       {"aten::_scaled_dot_product_cudnn_attention_backward",
-       {.kind = Kind::kTrace, .constant_floats = true}},
+       {.kind = Kind::kTrace, .constant_floats = true, .dropout_argument = 13}},
   };
   return *table;
 }
@@ -236,6 +237,8 @@ OpPolicy policy_of(const c10::OperatorHandle& op) {
     policy.constant_floats = exception->constant_floats;
     policy.host_results = exception->host_results;
     policy.dropout_argument = exception->dropout_argument;
+    TORCH_INTERNAL_ASSERT(policy.dropout_argument < 0 ||
+                          arguments[static_cast<size_t>(policy.dropout_argument)].name() == "dropout_p");
     policy.index_argument = exception->index_argument;
     policy.cast_argument = exception->cast_argument;
     policy.cast_dtype_argument = exception->cast_dtype_argument;

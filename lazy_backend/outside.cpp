@@ -173,10 +173,6 @@ void Session::leave(const c10::OperatorHandle& op, const OpPolicy& how,
     const Unlocked unlocked(lock_);
     const BelowUserModes below;
     op.callBoxed(&backing);
-    for (c10::IValue& result : backing) {
-      const bool moves = how.host_results && to_lazy && result.isTensor() && result.toTensor().defined();
-      if (C10_UNLIKELY(moves)) result = result.toTensor().to(backing_device_of(index));
-    }
   }
   for (const Pair& pair : unwrap_argument.pairs()) {
     if (same_geometry(pair.backing, pair.lazy)) continue;

@@ -213,6 +213,8 @@ Statistics since(const Statistics& before) {
   now.programs_checked -= before.programs_checked;
   now.program_failures -= before.program_failures;
   now.programs_demoted -= before.programs_demoted;
+  now.cuda_graphs -= before.cuda_graphs;
+  now.cuda_graph_replays -= before.cuda_graph_replays;
   return now;
 }
 
