@@ -55,7 +55,7 @@ struct Workload {
   /// Makes its job.
   std::function<Job(const Place&)> make;
 
-  bool has_batches = true;
+  bool has_batches = true;  ///< REPRISE_BENCH_BATCH says of which size
 
   Job on(torch::Device device, uint64_t disturbance = 0) const {
     return make({device, disturbance});
