@@ -9,6 +9,7 @@
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
+#include <unordered_set>
 
 #include "lazy_backend/autograd_node.h"
 #include "lazy_backend/compiled_backward.h"
@@ -121,6 +122,9 @@ class Function : public std::enable_shared_from_this<Function> {
              c10::function_ref<Pack()> body);
   TracedForward traced_forward(const std::shared_ptr<Entry>& entry, PlanPtr plan, const Pack& arguments,
                                const FunctionTrace& run);
+  /// What its last run has used, and leaves whose gradients it may take away: what functions have
+  /// used, and what the optimizers of this one step.
+  std::vector<HeldTensor> held_before(const Entry& entry) const;
 
   CompileOptions options_;
   const uint64_t number_;
@@ -221,6 +225,21 @@ TracedForward Function::traced_forward(const std::shared_ptr<Entry>& entry, Plan
   return forward;
 }
 
+std::vector<HeldTensor> Function::held_before(const Entry& entry) const {
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> tensors = used_leaves();
+  for (const at::Tensor& parameter : parameters_of(options_.optimizers)) {
+    tensors.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(parameter.unsafeGetTensorImpl()));
+  }
+  {
+    const std::shared_lock lock(mutex_);
+    tensors.insert(tensors.end(), entry.used.begin(), entry.used.end());
+  }
+  // Each once.
+  std::unordered_set<const c10::TensorImpl*> met;
+  std::erase_if(tensors, [&](const auto& each) { return !met.insert(each._unsafe_get_target()).second; });
+  return held_of(tensors);
+}
+
 Pack Function::trace(const std::shared_ptr<Entry>& entry, bool watched, const Pack& arguments,
                      c10::function_ref<Pack()> body) {
   Session& session = Session::current();
@@ -234,10 +253,7 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool watched, const Pa
         return tensor.defined() && !is_lazy(tensor) && !is_number(tensor);
       });
   std::vector<HeldTensor> held;
-  {
-    const std::shared_lock lock(mutex_);
-    held = held_of(entry->used);
-  }
+  if (watched) held = held_before(*entry);
   OptimizerState optimizers;
   if (!options_.optimizers.empty()) optimizers = state_of(options_.optimizers);
   session.begin_function(number_, options_.name, options_.fullgraph,
@@ -250,6 +266,7 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool watched, const Pa
     throw;
   }
   const FunctionTrace run = session.end_function();
+  note_leaves(run, arguments.tensors);
   const bool differentiable =
       c10::GradMode::is_enabled() &&
       std::any_of(result.tensors.begin(), result.tensors.end(),

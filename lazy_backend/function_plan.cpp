@@ -3,6 +3,9 @@
 #include <ATen/record_function.h>
 
 #include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <unordered_map>
 
 #include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
@@ -26,6 +29,23 @@ at::Tensor seen_through(const LazyStorage& storage, const Geometry& geometry) {
   return tensor;
 }
 
+/// Whether gradients may be left in it.
+bool is_leaf(c10::TensorImpl& tensor) {
+  return tensor.requires_grad() &&
+         at::Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(&tensor)).is_leaf();
+}
+
+/// Leaves that functions have used. A weakly held tensor keeps its address.
+struct UsedLeaves {
+  std::mutex mutex;
+  std::unordered_map<const c10::TensorImpl*, c10::weak_intrusive_ptr<c10::TensorImpl>> all;
+  std::atomic<uint64_t> generation{0};
+};
+UsedLeaves& leaves_of_functions() {
+  static auto* instance = new UsedLeaves;
+  return *instance;
+}
+
 /// Waits for the values of `storage`; false where there will be none.
 bool settled(const LazyStorage& storage) {
   if (C10_UNLIKELY(storage.pending_in() != nullptr)) Session::settle(&storage);
@@ -35,6 +55,7 @@ bool settled(const LazyStorage& storage) {
 /// Whether what others hold is what it was when the plan was made, and still there: a
 /// storage that nobody sees any more was replaced by another.
 bool is_current(const Plan& plan, const std::vector<at::Tensor>& arguments) {
+  if (C10_UNLIKELY(plan.leaf_generation != leaf_generation())) return false;
   bool held = true;
   for (size_t k = 0; k < plan.watched.size(); ++k) {
     const Watched& each = plan.watched[k];
@@ -54,6 +75,10 @@ bool is_current(const Plan& plan, const std::vector<at::Tensor>& arguments) {
   for (const Plan::Gradient& gradient : plan.gradients) {
     const auto leaf = gradient.leaf.lock();
     if (leaf && !gradient.was_there && leaf->grad().defined()) return false;
+  }
+  for (const auto& each : plan.unknown_leaves) {
+    const auto leaf = each.lock();
+    if (leaf && leaf->grad().defined()) return false;
   }
   if (!plan.program->writes_inputs) return true;
   // Reads and writes would meet that did not in the trace.
@@ -82,11 +107,34 @@ std::vector<HeldTensor> held_of(const std::vector<c10::weak_intrusive_ptr<c10::T
   std::vector<HeldTensor> all;
   for (const auto& each : tensors) {
     if (const auto tensor = each.lock()) {
-      all.push_back({tensor.get(), tensor->requires_grad(), tensor->grad().defined()});
+      all.push_back({each, tensor->requires_grad(), tensor->grad().defined()});
     }
   }
   return all;
 }
+
+void note_leaves(const FunctionTrace& run, const std::vector<at::Tensor>& arguments) {
+  UsedLeaves& leaves = leaves_of_functions();
+  const std::lock_guard lock(leaves.mutex);
+  for (const auto& [slot, tensor] : run.tensors) {
+    const auto leaf = tensor.lock();
+    if (!leaf || !is_leaf(*leaf)) continue;
+    const bool given = std::any_of(arguments.begin(), arguments.end(),
+                                   [&](const at::Tensor& argument) { return argument.unsafeGetTensorImpl() == leaf.get(); });
+    if (!given && leaves.all.emplace(leaf.get(), tensor).second) leaves.generation.fetch_add(1, std::memory_order_relaxed);
+  }
+}
+
+std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> used_leaves() {
+  UsedLeaves& leaves = leaves_of_functions();
+  const std::lock_guard lock(leaves.mutex);
+  std::erase_if(leaves.all, [](const auto& each) { return each.second.expired(); });
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> all;
+  for (const auto& [address, leaf] : leaves.all) all.push_back(leaf);
+  return all;
+}
+
+uint64_t leaf_generation() { return leaves_of_functions().generation.load(std::memory_order_relaxed); }
 
 std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors) {
   std::vector<const LazyStorage*> storages;
@@ -209,7 +257,54 @@ std::optional<Pack> replay(const Plan& plan, const std::vector<at::Tensor>& argu
   return result;
 }
 
+namespace {
+
+KnownLeaf* known_leaf(std::vector<KnownLeaf>& leaves, const c10::weak_intrusive_ptr<c10::TensorImpl>& leaf) {
+  const auto found = std::find_if(leaves.begin(), leaves.end(), [&](const KnownLeaf& each) { return each.leaf == leaf; });
+  return found == leaves.end() ? nullptr : &*found;
+}
+
+/// Notes what a run has done with the gradients that there were.
+void learn_leaves(std::vector<KnownLeaf>& leaves, const PlannedRun& planned) {
+  std::erase_if(leaves, [](const KnownLeaf& each) { return each.leaf.expired(); });
+  for (const HeldTensor& held : planned.held) {
+    const auto leaf = held.has_gradient ? held.tensor.lock() : c10::intrusive_ptr<c10::TensorImpl>();
+    if (!leaf) continue;
+    const at::Tensor& gradient = leaf->grad();
+    const bool removes =
+        !gradient.defined() ||
+        (is_lazy(gradient) && std::any_of(planned.run.created.begin(), planned.run.created.end(), [&](const auto& each) {
+           return each.second.get() == lazy_storage(gradient);
+         }));
+    if (KnownLeaf* known = known_leaf(leaves, held.tensor)) {
+      known->removes = removes;
+    } else {
+      leaves.push_back({held.tensor, removes});
+    }
+  }
+}
+
+/// What a replay does with gradients that the function makes none of.
+void plan_other_gradients(Plan& plan, std::vector<KnownLeaf>& leaves, const PlannedRun& planned) {
+  for (const HeldTensor& held : planned.held) {
+    const auto leaf = held.tensor.lock();
+    if (!leaf || !is_leaf(*leaf)) continue;
+    const bool made = std::any_of(plan.gradients.begin(), plan.gradients.end(),
+                                  [&](const Plan::Gradient& each) { return each.leaf == held.tensor; });
+    if (made) continue;
+    const KnownLeaf* known = known_leaf(leaves, held.tensor);
+    if (known == nullptr) {
+      plan.unknown_leaves.push_back(held.tensor);
+    } else if (known->removes) {
+      plan.gradients.push_back({held.tensor, Plan::Output{}, /*was_there=*/true});
+    }
+  }
+}
+
+}  // namespace
+
 PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
+  learn_leaves(seen.leaves, planned);
   const FunctionTrace& run = planned.run;
   const Pack& result = planned.result;
   const auto never = [&](std::string why) -> PlanPtr {
@@ -269,6 +364,7 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
 
   auto plan = std::make_shared<Plan>();
   plan->program = run.program;
+  plan->leaf_generation = leaf_generation();
   if (planned.optimizers) plan->optimizers = seen.optimizers;
   const Program& program = *run.program;
   std::vector<int64_t> bound(run.inputs.size(), -1);  // by slot
@@ -390,7 +486,7 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
     if (!held || bound[slot] < 0 || lazy_storage(held.get()) != run.inputs[slot].get()) continue;
     // Others are gone after the call, but for what a backward pass may keep them.
     const auto was = std::find_if(planned.held.begin(), planned.held.end(),
-                                  [&](const HeldTensor& each) { return each.tensor == held.get(); });
+                                  [&](const HeldTensor& each) { return each.tensor == tensor; });
     if (was == planned.held.end()) continue;
     Watched watched{tensor, run.inputs[slot].get(), slot, was->requires_grad, held->requires_grad(), written(slot)};
     const at::Tensor grad = held->requires_grad() ? at::Tensor(held->grad()) : at::Tensor();
@@ -432,6 +528,7 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
                    "detach the result");
     }
   }
+  plan_other_gradients(*plan, seen.leaves, planned);
   return plan;
 }
 

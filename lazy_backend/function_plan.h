@@ -38,7 +38,7 @@ struct Plan {
     uint32_t index = 0;
     Geometry geometry;
   };
-  /// A gradient that the function leaves in a leaf.
+  /// A gradient that the function leaves in a leaf; none where it takes the leaf's away.
   struct Gradient {
     c10::weak_intrusive_ptr<c10::TensorImpl> leaf;
     Output output;
@@ -59,14 +59,23 @@ struct Plan {
   std::vector<Output> outputs;  ///< the results, then what is kept
   std::vector<uint32_t> kept;   ///< slots of what is kept for the backward pass
   std::vector<Gradient> gradients;
+  /// Leaves that had no gradient in any call that was run: what becomes of one is not known.
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> unknown_leaves;
+  uint64_t leaf_generation = 0;  ///< when it was made: of others nothing is known
   std::vector<int64_t> result_key;
 };
 using PlanPtr = std::shared_ptr<const Plan>;
 
 /// A tensor that a run has used, as it was before the next one.
 struct HeldTensor {
-  const c10::TensorImpl* tensor;
+  c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
   bool requires_grad, has_gradient;
+};
+
+/// A leaf that had a gradient before some call.
+struct KnownLeaf {
+  c10::weak_intrusive_ptr<c10::TensorImpl> leaf;
+  bool removes;  ///< the call took it away, or put another one in its place
 };
 
 /// What is known of the last verified run: two in turn that did the same have a plan.
@@ -79,6 +88,7 @@ struct SeenRun {
   ScalarValues scalars;
   OptimizerStep optimizers;
   bool rates_matter = false;  ///< numbers that are no optimizer's change with learning rates
+  std::vector<KnownLeaf> leaves;  ///< kept from run to run
 };
 
 /// What a plan is made of.
@@ -90,7 +100,8 @@ struct PlannedRun {
   /// What it has made and somebody holds is kept for the backward pass: further results.
   bool differentiable = false;
   std::optional<OptimizerStep> optimizers = {};  ///< what the run did to those of the function
-  /// Before the run: what the run before had used and somebody held on to.
+  /// Before the run: what the runs of functions had used and somebody held on to, and what
+  /// their optimizers step.
   std::vector<HeldTensor> held = {};
   /// The arguments, from which to which, that may be what the function holds: others are
   /// made for the call.
@@ -99,6 +110,13 @@ struct PlannedRun {
 
 /// Those of a run's tensors that are there still.
 std::vector<HeldTensor> held_of(const std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>>& tensors);
+
+/// Notes the leaves that a run has used and that are no arguments of it. `leaf_generation` changes
+/// with each that was not noted before. From any thread.
+void note_leaves(const FunctionTrace& run, const std::vector<at::Tensor>& arguments);
+/// Those that are there still.
+std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> used_leaves();
+uint64_t leaf_generation();
 
 /// Of each tensor; null where it is not lazy.
 std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors);

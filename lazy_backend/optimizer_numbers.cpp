@@ -153,6 +153,16 @@ std::optional<int64_t> common(const std::vector<int64_t>& steps, const std::vect
 
 }  // namespace
 
+std::vector<at::Tensor> parameters_of(const OptimizerPtrs& optimizers) {
+  std::vector<at::Tensor> all;
+  for (const optim::Optimizer* optimizer : optimizers) {
+    for (const auto& group : optimizer->param_groups()) {
+      all.insert(all.end(), group.params().begin(), group.params().end());
+    }
+  }
+  return all;
+}
+
 OptimizerState state_of(const OptimizerPtrs& optimizers) {
   OptimizerState state;
   for (optim::Optimizer* optimizer : optimizers) {

@@ -43,6 +43,9 @@ struct OptimizerState {
 };
 OptimizerState state_of(const OptimizerPtrs& optimizers);
 
+/// The parameters that they step.
+std::vector<at::Tensor> parameters_of(const OptimizerPtrs& optimizers);
+
 /// What a number of a training step is.
 struct OptimizerNumber {
   enum class Kind : uint8_t {

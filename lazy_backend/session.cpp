@@ -886,7 +886,10 @@ Node& Session::finish_inferring(const char* reason) {
 void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
                      torch::jit::Stack* stack) {
   CompileQueue::get().warm_up();
-  StepRecorder recorder(op, how, current_, device_index_of(call_arguments(op, *stack), how));
+  const auto arguments = call_arguments(op, *stack);
+  StepRecorder recorder(op, how, current_, device_index_of(arguments, how));
+  std::vector<c10::IValue> watched;
+  if (C10_UNLIKELY(function_watched_ && function_ != 0)) watched = arguments.vec();
   const int64_t live = LazyStorage::live_on_this_thread() - live_at_start_;
   std::shared_ptr<Step> step;
   try {
@@ -894,6 +897,7 @@ void Session::record(const c10::OperatorHandle& op, const OpPolicy& how,
     recorder.take_arguments(*stack);
     op.callBoxed(stack);
     step = recorder.take_results(*stack);
+    watch_arguments(watched);
   } catch (...) {
     current_.rollback(recorder.first_slot());
     // A program that goes on may do the same in every step.

@@ -900,6 +900,57 @@ TEST_F(Functions, StepsThatFreezeEachOthersWeightsAreReplayed) {
   EXPECT_LE(*count.runs, 16) << explain();
 }
 
+/// Two heads over one trunk, whose passes take all gradients away first: a head that has no part
+/// in a pass has none after it, and the optimizer leaves it alone.
+TEST_F(Functions, GradientsThatAreTakenAwayAreGone) {
+  struct Heads {
+    explicit Heads(torch::Device device) : trunk(4, 8), first(8, 2), second(8, 3) {
+      torch::manual_seed(0);
+      for (torch::nn::Linear* each : {&trunk, &first, &second}) {
+        for (torch::Tensor& parameter : (*each)->parameters()) torch::nn::init::normal_(parameter.requires_grad_(false), 0.0, 0.5).requires_grad_();
+        (*each)->to(device);
+      }
+      optimizer = std::make_unique<torch::optim::SGD>(parameters(), torch::optim::SGDOptions(0.1).momentum(0.9));
+    }
+    Tensors parameters() const {
+      return joined(joined(trunk->parameters(), first->parameters()), second->parameters());
+    }
+    torch::Tensor pass(torch::nn::Linear& head, const torch::Tensor& x) {
+      optimizer->zero_grad();
+      const auto loss = head->forward(torch::tanh(trunk->forward(x))).square().mean();
+      loss.backward();
+      return loss.detach();
+    }
+    torch::nn::Linear trunk, first, second;
+    std::unique_ptr<torch::optim::SGD> optimizer;
+  };
+  for (const bool alternate : {true, false}) {
+    SCOPED_TRACE(alternate);
+    Heads eager(eager_device()), lazy(torch::kLazy);
+    const auto of_first = compile([&](const torch::Tensor& x) { return lazy.pass(lazy.first, x); });
+    const auto of_second = compile([&](const torch::Tensor& x) { return lazy.pass(lazy.second, x); });
+    const Statistics before = statistics();
+    for (int call = 0; call < 60; ++call) {
+      SCOPED_TRACE(call);
+      // In turns, or the other one after the first has long been replayed.
+      const bool second = alternate ? call % 2 == 1 : call % 20 == 19;
+      const auto x = given(eager_device(), {5, 4}, call), lazy_x = given(torch::kLazy, {5, 4}, call);
+      const auto expected = eager.pass(second ? eager.second : eager.first, x);
+      expect_close(second ? of_second(lazy_x) : of_first(lazy_x), expected, 100);
+      for (size_t k = 0; k < eager.parameters().size(); ++k) {
+        EXPECT_EQ(lazy.parameters()[k].grad().defined(), eager.parameters()[k].grad().defined()) << k;
+      }
+      eager.optimizer->step();
+      lazy.optimizer->step();
+      expect_all_close(lazy.parameters(), eager.parameters(), 100);
+      mark_step();
+      wait_for_compiles();
+    }
+    EXPECT_GE(since(before).segments_replayed, 60u) << explain();
+    EXPECT_EQ(explain().find("not replayed"), std::string::npos) << explain();
+  }
+}
+
 TEST_F(Functions, NumbersThatFollowALearningRateAreNotForgotten) {
   const auto trained = [](torch::Device device) {
     const auto w = given(device, {4}, 1).requires_grad_();
