@@ -271,6 +271,12 @@ bool CompileQueue::open_compiler(std::string* problem) {
 }
 
 namespace {
+bool is_written(const Program& program, uint32_t slot) {
+  return std::any_of(program.steps.begin(), program.steps.end(), [&](const StepPtr& step) {
+    return std::find(step->written.begin(), step->written.end(), slot) != step->written.end();
+  });
+}
+
 /// The program's runner, which captures its launches where the device has graphs.
 std::shared_ptr<Runner> as_graph(const Program& program) {
   const c10::Device device = backing_device_of(program.device_index);
@@ -282,7 +288,13 @@ std::shared_ptr<Runner> as_graph(const Program& program) {
   }
   for (size_t k = 0; k < written.size(); ++k) {
     const ProgramInput& input = program.inputs[k];
-    written[k] = input.kind == ProgramInput::Kind::kSlot && slots.count(input.index) > 0;
+    if (input.kind == ProgramInput::Kind::kSlot) {
+      written[k] = slots.count(input.index) > 0;
+    } else if (input.kind == ProgramInput::Kind::kRandom) {
+      // What was drawn is what the tensor holds, and later steps may write it.
+      const Step& step = *program.steps[input.index];
+      written[k] = step.randomness == Randomness::kCreates && is_written(program, step.results[0].slot);
+    }
   }
   return with_cuda_graph(program.runner, device, std::move(written));
 }

@@ -1,6 +1,7 @@
 #include "compiler_bridge/package_runner.h"
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 
@@ -9,6 +10,7 @@
 #include <atomic>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <span>
 
 namespace reprise {
@@ -132,8 +134,11 @@ class CpuRunner final : public PackageRunner {
 class GpuRunner final : public PackageRunner {
  public:
   GpuRunner(const std::string& path, const std::string& name, c10::DeviceIndex index)
-      : loader_(path, name, /*run_single_threaded=*/true, /*num_runners=*/1, index) {}
+      : loader_(path, name, /*run_single_threaded=*/true, /*num_runners=*/1, index), index_(index) {}
   std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
+    // It launches on the current stream of the current device.
+    std::optional<c10::DeviceGuard> guard;
+    if (index_ >= 0) guard.emplace(c10::Device(c10::kCUDA, index_));
     const std::lock_guard lock(mutex_);
     return loader_.boxed_run(std::move(inputs));
   }
@@ -142,6 +147,7 @@ class GpuRunner final : public PackageRunner {
  private:
   std::mutex mutex_;
   torch::inductor::AOTIModelPackageLoader loader_;
+  const c10::DeviceIndex index_;
 };
 
 }  // namespace

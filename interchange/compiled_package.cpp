@@ -108,16 +108,26 @@ c10::Device device_of(const std::unordered_map<std::string, std::string>& metada
   const c10::Device device(named == metadata.end() ? "cpu" : named->second);
   TORCH_CHECK(device.is_cpu() || (device.is_cuda() && at::hasCUDA()), "it was compiled for ",
               device.type(), ", and there is no such device here");
-  const auto capability = metadata.find("AOTI_COMPUTE_CAPABILITY");
-  if (device.is_cuda() && capability != metadata.end()) {
-    int number = 0;
-    const char* const end = capability->second.data() + capability->second.size();
-    const bool is_number = std::from_chars(capability->second.data(), end, number).ptr == end;
-    const c10::Device here = device.has_index() ? device : c10::impl::VirtualGuardImpl(c10::kCUDA).getDevice();
-    TORCH_CHECK(!is_number || runs_code_for(here, number), "it was compiled for sm_", number, ", and ", here, " is ",
-                gpu_model(here));
-  }
   return device;
+}
+
+/// Throws where the package's machine code is for another GPU than `device`. What carries PTX as
+/// well, or only calls libraries, runs on others.
+void check_architecture(c10::Device device, const std::unordered_map<std::string, std::string>& metadata,
+                        const Pt2Archive& archive) {
+  const auto capability = metadata.find("AOTI_COMPUTE_CAPABILITY");
+  if (!device.is_cuda() || capability == metadata.end()) return;
+  const auto& files = archive.records();
+  const auto any = [&](std::string_view ending) {
+    return std::any_of(files.begin(), files.end(), [&](const std::string& file) { return file.ends_with(ending); });
+  };
+  if (!any(".cubin") || any(".fatbin")) return;
+  int number = 0;
+  const char* const end = capability->second.data() + capability->second.size();
+  const auto read = std::from_chars(capability->second.data(), end, number);
+  if (read.ec != std::errc() || read.ptr != end) return;
+  const c10::Device here = device.has_index() ? device : c10::impl::VirtualGuardImpl(c10::kCUDA).getDevice();
+  TORCH_CHECK(runs_code_for(here, number), "it was compiled for sm_", number, ", and ", here, " is ", gpu_model(here));
 }
 
 /// Packages that Python makes ask for `libtorch.so` by name, which a program that links the
@@ -160,6 +170,7 @@ CompiledPackage::CompiledPackage(Pt2Archive& archive, const std::string& name, b
   try {
     const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path_, name);
     device_ = device_of(metadata);
+    check_architecture(device_, metadata, archive);
     inputs_ = inputs_in(metadata);
     functional_ = functional || is_functional(metadata);
     stored_ = archive.weights(name);

@@ -17,6 +17,7 @@
 #include "lazy_backend/input_places.h"
 #include "lazy_backend/interpreter.h"
 #include "lazy_backend/metrics.h"
+#include "lazy_backend/session.h"
 #include "reprise/options.h"
 #endif
 
@@ -121,6 +122,10 @@ class Graph {
   cudaGraphExec_t executable_ = nullptr;
 };
 
+const void* address_of(const at::Tensor& tensor) {
+  return tensor.storage().data() == nullptr ? nullptr : tensor.const_data_ptr();
+}
+
 /// A graph of a program for inputs that lie as `places` says.
 class GraphedProgram {
  public:
@@ -144,6 +149,8 @@ class GraphedProgram {
   void give_up(std::string reason) { reason_ = std::move(reason); }
 
   void drop() {
+    copied_.clear();
+    copies_.clear();
     if (graph_ == nullptr) return;
     graph_.reset();
     outputs_.clear();
@@ -154,8 +161,6 @@ class GraphedProgram {
     if (!capturable(inputs)) return false;
     inputs_ = inputs.size();
     std::vector<at::Tensor> fixed = inputs;
-    copied_.clear();
-    copies_.clear();
     for (size_t k = 0; k < inputs.size(); ++k) {
       if (!places.moves(k)) continue;
       fixed[k] = at::empty_strided(inputs[k].sizes(), inputs[k].strides(), inputs[k].options());
@@ -172,7 +177,10 @@ class GraphedProgram {
       const std::string message = error.what();
       give_up(message.substr(0, message.find('\n')));
     }
-    if (!reason_.empty()) return false;
+    if (!reason_.empty()) {
+      drop();
+      return false;
+    }
     graph_ = std::move(graph);
     ++graphs;
     outputs_.clear();
@@ -186,10 +194,18 @@ class GraphedProgram {
     return true;
   }
 
-  std::vector<at::Tensor> replay(const std::vector<at::Tensor>& inputs) {
+  /// Nothing where it cannot run now, and the program has to.
+  std::optional<std::vector<at::Tensor>> replay(const std::vector<at::Tensor>& inputs) {
     const auto stream = at::cuda::getCurrentCUDAStream();
     GraphDevice& device = graph_device(device_.index());
     const std::lock_guard one_at_a_time(device.replaying);
+    if (Session::several() && C10_UNLIKELY(!may_run_beside_others(inputs))) return std::nullopt;
+    if (C10_UNLIKELY(ran_on_ && *ran_on_ != stream)) {
+      // Whoever holds a result may go on to read it there.
+      const c10::cuda::CUDAStreamGuard guard(*ran_on_);
+      for (Output& output : outputs_) move_away(output, *ran_on_);
+    }
+    ran_on_ = stream;
     if (C10_UNLIKELY(device.last_stream != stream)) {
       if (device.last_stream) device.last_stream->synchronize();
       device.last_stream = stream;
@@ -264,6 +280,18 @@ class GraphedProgram {
     return reason_.empty();
   }
 
+  /// Whether no other thread can be in the middle of using what the graph writes: nobody holds a
+  /// result, and no input was moved away since its address was looked at.
+  bool may_run_beside_others(const std::vector<at::Tensor>& inputs) const {
+    const bool held = std::any_of(outputs_.begin(), outputs_.end(), [](const Output& output) {
+      return output.given && output.given.use_count() > 1;
+    });
+    if (held) return false;
+    c10::SmallVector<const void*, 128> addresses;
+    for (const at::Tensor& input : inputs) addresses.push_back(address_of(input));
+    return places.fits(addresses);
+  }
+
   void copy_inputs(const std::vector<at::Tensor>& inputs, const at::cuda::CUDAStream& stream) {
     if (copied_.size() >= kManyCopies) {
       std::vector<at::Tensor> sources;
@@ -314,6 +342,7 @@ class GraphedProgram {
   const std::vector<bool>& written_;
   std::string reason_;
   size_t launches_ = 0, inputs_ = 0;
+  std::optional<at::cuda::CUDAStream> ran_on_;
   std::vector<size_t> copied_;       ///< inputs that move
   std::vector<at::Tensor> copies_;   ///< where the graph reads them
   std::vector<Output> outputs_;
@@ -326,9 +355,9 @@ class GraphedRunner final : public Runner {
       : program_(std::move(program)), device_(device), written_(std::move(written)) {}
 
   std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
+    const c10::cuda::CUDAGuard guard(device_);
     if (given_up_.load(std::memory_order_relaxed)) return program_->run(std::move(inputs));
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    const c10::cuda::CUDAGuard guard(device_);
     const bool free = lock.owns_lock() && at::cuda::currentStreamCaptureStatusMayInitCtx() ==
                                               c10::cuda::CaptureStatus::None;
     if (!free) return program_->run(std::move(inputs));
@@ -336,7 +365,7 @@ class GraphedRunner final : public Runner {
     for (const at::Tensor& input : inputs) addresses.push_back(address_of(input));
     GraphedProgram& graphed = graphed_at(addresses);
     if (graphed.captured()) {
-      if (C10_LIKELY(graphed.places.fits(addresses))) return graphed.replay(inputs);
+      if (C10_LIKELY(graphed.places.fits(addresses))) return replayed(graphed, std::move(inputs));
       graphed.drop();
     }
     graphed.places.see(addresses);
@@ -347,7 +376,7 @@ class GraphedRunner final : public Runner {
       given_up_.store(true, std::memory_order_relaxed);
       return program_->run(std::move(inputs));
     }
-    return graphed.capture(*program_, inputs) ? graphed.replay(inputs) : program_->run(std::move(inputs));
+    return graphed.capture(*program_, inputs) ? replayed(graphed, std::move(inputs)) : program_->run(std::move(inputs));
   }
 
   std::string about() const override {
@@ -365,8 +394,9 @@ class GraphedRunner final : public Runner {
   /// In all, where inputs that lay still have moved after all.
   static constexpr int kCaptures = 16;
 
-  static const void* address_of(const at::Tensor& tensor) {
-    return tensor.storage().data() == nullptr ? nullptr : tensor.const_data_ptr();
+  std::vector<at::Tensor> replayed(GraphedProgram& graphed, std::vector<at::Tensor>&& inputs) {
+    if (auto results = graphed.replay(inputs)) return std::move(*results);
+    return program_->run(std::move(inputs));
   }
 
   GraphedProgram& graphed_at(InputPlaces::Addresses addresses) {

@@ -21,7 +21,8 @@ namespace reprise {
 /// again has it moved to memory of its own before. What cannot be captured goes on as it is;
 /// `about()` says why.
 ///
-/// Calls may come from several threads: those that find the graph in use run the program.
+/// Calls may come from several threads: those that find the graph in use run the program, and so
+/// do all while somebody holds a result, which another thread may be about to read.
 std::shared_ptr<Runner> with_cuda_graph(std::shared_ptr<Runner> program, c10::Device device,
                                         std::vector<bool> written);
 

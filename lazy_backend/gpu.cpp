@@ -18,7 +18,8 @@ std::string gpu_model(c10::Device device) {
 bool runs_code_for(c10::Device device, int capability) {
   if (!device.is_cuda()) return true;
   const cudaDeviceProp& gpu = *at::cuda::getDeviceProperties(device.index());
-  return capability / 10 == gpu.major && capability % 10 <= gpu.minor;
+  const int major = capability / 10, minor = capability % 10;
+  return major == gpu.major && (major < 9 ? minor <= gpu.minor : minor == gpu.minor);
 }
 
 #else

@@ -14,7 +14,8 @@ std::string gpu_model(c10::Device device);
 
 /// Whether the device runs machine code for this compute capability, 90 for `sm_90`: of the same
 /// major version, and not of a later minor one (CUDA C++ programming guide, "Binary
-/// Compatibility"). True for a device that is no GPU.
+/// Compatibility"). From 9.0 on of the very same: Triton compiles for `sm_90a` and the like, which
+/// no other one runs. True for a device that is no GPU.
 bool runs_code_for(c10::Device device, int capability);
 
 }  // namespace reprise

@@ -24,14 +24,15 @@ void upload_scalars(Segment& segment, c10::Device device) {
   const ScalarValues& values = segment.scalars;
   const auto stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).id();
   const auto size = static_cast<int64_t>(values.size()) * kApart;
-  if (!on.device.defined() || on.device.size(0) != size || on.device.device() != device) {
+  // A program that still waits on another stream reads what was brought for it.
+  if (!on.device.defined() || on.device.size(0) != size || on.device.device() != device || on.stream != stream) {
     on.host = at::empty({size}, at::TensorOptions().dtype(kNumbers)).zero_();
     on.device = at::empty({size}, on.host.options().device(device));
     on.each.clear();
     for (int64_t k = 0; k < size; k += kApart) on.each.push_back(on.device.select(0, k));
     on.values.clear();
   }
-  if (on.values == values && on.stream == stream) return;
+  if (on.values == values) return;
   auto* numbers = static_cast<double*>(on.host.mutable_data_ptr());
   for (size_t k = 0; k < values.size(); ++k) numbers[k * kApart] = values[k];
   // From memory that is not pinned: it may be written again when this returns.

@@ -53,6 +53,7 @@ Sessions& sessions() {
   static auto* instance = new Sessions;
   return *instance;
 }
+std::atomic<int> attached_sessions{0};
 
 uint64_t next_epoch() {
   static std::atomic<uint64_t> next{1};
@@ -161,6 +162,7 @@ Session& Session::attach() {
   }
   Session* session = registry.idle.back();
   registry.idle.pop_back();
+  attached_sessions.fetch_add(1, std::memory_order_relaxed);
   exit.session = current_session_ = session;
   GuardListener::current() = session;
   // A program may run here before any op of libtorch has.
@@ -190,6 +192,7 @@ void Session::detach(Session* session) {
   Sessions& registry = sessions();
   const std::lock_guard guard(registry.mutex);
   registry.idle.push_back(session);
+  attached_sessions.fetch_sub(1, std::memory_order_relaxed);
 }
 
 void Session::end_with_its_thread() {
@@ -213,6 +216,8 @@ void Session::end_with_its_thread() {
   helper.join();
   if (error) std::rethrow_exception(error);
 }
+
+bool Session::several() { return attached_sessions.load(std::memory_order_relaxed) > 1; }
 
 std::vector<Session*> Session::all() {
   Sessions& registry = sessions();

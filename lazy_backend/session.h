@@ -118,6 +118,8 @@ class Session final : private GuardListener {
     visit(tree_);
   }
   static std::vector<Session*> all();
+  /// Whether several threads have one now. From any thread; takes no lock.
+  static bool several();
 
  private:
   explicit Session(uint32_t id) : id_(id) {}
