@@ -124,6 +124,49 @@ TEST_F(Gpu, TheUsersStreamIsTheOneUsed) {
   }
 }
 
+TEST_F(Gpu, AResultIsReadWhereItWasMadeAfterTheProgramRanElsewhere) {
+  torch::NoGradGuard no_grad;
+  auto lazy_net = network(torch::kLazy), eager_net = network(eager_device());
+  const c10::cuda::CUDAStream streams[] = {c10::cuda::getStreamFromPool(), c10::cuda::getStreamFromPool()};
+  torch::Tensor before, expected_before;
+  for (int call = 0; call < 40; ++call) {
+    const auto x = given(torch::kLazy, {6, 8}, call), other = given(torch::kLazy, {512, 512}, call);
+    const auto expected = eager_net->forward(given(eager_device(), {6, 8}, call));
+    torch::cuda::synchronize();
+    torch::Tensor y;
+    {
+      const c10::cuda::CUDAStreamGuard guard(streams[call % 2]);
+      auto busy = other;
+      for (int k = 0; call % 2 == 1 && k < 20; ++k) busy = busy.matmul(other) * 1e-2;  // ahead of the program there
+      y = lazy_net->forward(x);
+      settle();
+    }
+    if (before.defined()) {
+      const c10::cuda::CUDAStreamGuard guard(streams[(call + 1) % 2]);
+      expect_close(before.to(eager_device()).cpu(), expected_before.cpu(), 10);
+    }
+    before = y;
+    expected_before = expected;
+  }
+}
+
+TEST_F(Gpu, RandomTensorsThatAreUpdatedInPlaceHoldWhatTheyShould) {
+  torch::NoGradGuard no_grad;
+  auto lazy_net = network(torch::kLazy), eager_net = network(eager_device());
+  Tensors held, expected;
+  for (int call = 0; call < 24; ++call) {
+    const auto run = [&](torch::nn::Sequential& net, torch::Device device) {
+      torch::manual_seed(call);
+      auto noise = torch::randn({6, 8}, device).mul_(3);
+      return Tensors{noise, net->forward(noise)};
+    };
+    held = joined(held, run(lazy_net, torch::kLazy));
+    settle();
+    expected = joined(expected, run(eager_net, eager_device()));
+  }
+  expect_all_close(held, expected, 10);
+}
+
 TEST_F(Gpu, WhatCannotBeCapturedGoesOn) {
   const auto run = [](torch::Device device, int call) {
     auto x = given(device, {4, 4}, call);
