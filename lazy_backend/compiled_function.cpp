@@ -123,7 +123,7 @@ class Function : public std::enable_shared_from_this<Function> {
   TracedForward traced_forward(const std::shared_ptr<Entry>& entry, PlanPtr plan, const Pack& arguments,
                                const FunctionTrace& run);
   /// What its last run has used, and leaves whose gradients it may take away: what functions have
-  /// used, and what the optimizers of this one step.
+  /// used in this thread, and what the optimizers of this one step.
   std::vector<HeldTensor> held_before(const Entry& entry) const;
 
   CompileOptions options_;
@@ -226,7 +226,10 @@ TracedForward Function::traced_forward(const std::shared_ptr<Entry>& entry, Plan
 }
 
 std::vector<HeldTensor> Function::held_before(const Entry& entry) const {
-  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> tensors = used_leaves();
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> tensors;
+  auto& leaves = Session::current().used_leaves.all;
+  std::erase_if(leaves, [](const auto& each) { return each.second.expired(); });
+  for (const auto& [address, leaf] : leaves) tensors.push_back(leaf);
   for (const at::Tensor& parameter : parameters_of(options_.optimizers)) {
     tensors.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(parameter.unsafeGetTensorImpl()));
   }
@@ -266,7 +269,7 @@ Pack Function::trace(const std::shared_ptr<Entry>& entry, bool watched, const Pa
     throw;
   }
   const FunctionTrace run = session.end_function();
-  note_leaves(run, arguments.tensors);
+  note_leaves(session.used_leaves, run, arguments.tensors);
   const bool differentiable =
       c10::GradMode::is_enabled() &&
       std::any_of(result.tensors.begin(), result.tensors.end(),

@@ -3,9 +3,6 @@
 #include <ATen/record_function.h>
 
 #include <algorithm>
-#include <atomic>
-#include <mutex>
-#include <unordered_map>
 
 #include "lazy_backend/below_user_modes.h"
 #include "lazy_backend/device.h"
@@ -35,17 +32,6 @@ bool is_leaf(c10::TensorImpl& tensor) {
          at::Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(&tensor)).is_leaf();
 }
 
-/// Leaves that functions have used. A weakly held tensor keeps its address.
-struct UsedLeaves {
-  std::mutex mutex;
-  std::unordered_map<const c10::TensorImpl*, c10::weak_intrusive_ptr<c10::TensorImpl>> all;
-  std::atomic<uint64_t> generation{0};
-};
-UsedLeaves& leaves_of_functions() {
-  static auto* instance = new UsedLeaves;
-  return *instance;
-}
-
 /// Waits for the values of `storage`; false where there will be none.
 bool settled(const LazyStorage& storage) {
   if (C10_UNLIKELY(storage.pending_in() != nullptr)) Session::settle(&storage);
@@ -55,7 +41,9 @@ bool settled(const LazyStorage& storage) {
 /// Whether what others hold is what it was when the plan was made, and still there: a
 /// storage that nobody sees any more was replaced by another.
 bool is_current(const Plan& plan, const std::vector<at::Tensor>& arguments) {
-  if (C10_UNLIKELY(plan.leaf_generation != leaf_generation())) return false;
+  // Leaves of a thread that is not this one are that thread's to look at.
+  const Session& session = Session::current();
+  if (plan.made_in == &session && C10_UNLIKELY(plan.leaf_generation != session.used_leaves.generation)) return false;
   bool held = true;
   for (size_t k = 0; k < plan.watched.size(); ++k) {
     const Watched& each = plan.watched[k];
@@ -113,28 +101,15 @@ std::vector<HeldTensor> held_of(const std::vector<c10::weak_intrusive_ptr<c10::T
   return all;
 }
 
-void note_leaves(const FunctionTrace& run, const std::vector<at::Tensor>& arguments) {
-  UsedLeaves& leaves = leaves_of_functions();
-  const std::lock_guard lock(leaves.mutex);
+void note_leaves(UsedLeaves& leaves, const FunctionTrace& run, const std::vector<at::Tensor>& arguments) {
   for (const auto& [slot, tensor] : run.tensors) {
     const auto leaf = tensor.lock();
     if (!leaf || !is_leaf(*leaf)) continue;
     const bool given = std::any_of(arguments.begin(), arguments.end(),
                                    [&](const at::Tensor& argument) { return argument.unsafeGetTensorImpl() == leaf.get(); });
-    if (!given && leaves.all.emplace(leaf.get(), tensor).second) leaves.generation.fetch_add(1, std::memory_order_relaxed);
+    if (!given && leaves.all.emplace(leaf.get(), tensor).second) ++leaves.generation;
   }
 }
-
-std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> used_leaves() {
-  UsedLeaves& leaves = leaves_of_functions();
-  const std::lock_guard lock(leaves.mutex);
-  std::erase_if(leaves.all, [](const auto& each) { return each.second.expired(); });
-  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> all;
-  for (const auto& [address, leaf] : leaves.all) all.push_back(leaf);
-  return all;
-}
-
-uint64_t leaf_generation() { return leaves_of_functions().generation.load(std::memory_order_relaxed); }
 
 std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors) {
   std::vector<const LazyStorage*> storages;
@@ -364,7 +339,8 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
 
   auto plan = std::make_shared<Plan>();
   plan->program = run.program;
-  plan->leaf_generation = leaf_generation();
+  plan->made_in = &Session::current();
+  plan->leaf_generation = plan->made_in->used_leaves.generation;
   if (planned.optimizers) plan->optimizers = seen.optimizers;
   const Program& program = *run.program;
   std::vector<int64_t> bound(run.inputs.size(), -1);  // by slot

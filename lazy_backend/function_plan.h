@@ -16,6 +16,8 @@
 
 namespace reprise {
 
+class Session;
+
 /// A tensor that the function uses and that somebody else holds.
 struct Watched {
   c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
@@ -61,7 +63,9 @@ struct Plan {
   std::vector<Gradient> gradients;
   /// Leaves that had no gradient in any call that was run: what becomes of one is not known.
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> unknown_leaves;
-  uint64_t leaf_generation = 0;  ///< when it was made: of others nothing is known
+  /// The thread's session, and what leaves were known in it, when the plan was made.
+  const Session* made_in = nullptr;
+  uint64_t leaf_generation = 0;
   std::vector<int64_t> result_key;
 };
 using PlanPtr = std::shared_ptr<const Plan>;
@@ -111,12 +115,8 @@ struct PlannedRun {
 /// Those of a run's tensors that are there still.
 std::vector<HeldTensor> held_of(const std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>>& tensors);
 
-/// Notes the leaves that a run has used and that are no arguments of it. `leaf_generation` changes
-/// with each that was not noted before. From any thread.
-void note_leaves(const FunctionTrace& run, const std::vector<at::Tensor>& arguments);
-/// Those that are there still.
-std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> used_leaves();
-uint64_t leaf_generation();
+/// Notes the leaves that a run has used and that are no arguments of it.
+void note_leaves(UsedLeaves& leaves, const FunctionTrace& run, const std::vector<at::Tensor>& arguments);
 
 /// Of each tensor; null where it is not lazy.
 std::vector<const LazyStorage*> storages_of(const std::vector<at::Tensor>& tensors);

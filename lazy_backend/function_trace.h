@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -14,6 +15,13 @@
 #include "lazy_backend/trace.h"
 
 namespace reprise {
+
+/// Leaves that compiled functions have used in a thread, but for arguments of theirs.
+struct UsedLeaves {
+  /// A weakly held tensor keeps its address.
+  std::unordered_map<const c10::TensorImpl*, c10::weak_intrusive_ptr<c10::TensorImpl>> all;
+  uint64_t generation = 0;  ///< another one with each leaf that is new
+};
 
 struct FunctionTrace {
   /// Why the function is not one segment: what ended the first of several. Empty: it is one.

@@ -97,6 +97,7 @@ class Session final : private GuardListener {
   /// at the price of a slower verification.
   void begin_function(uint64_t function, const std::string& name, bool whole, bool watch);
   FunctionTrace end_function();
+  UsedLeaves used_leaves;  ///< of the thread whose session this is, and for it alone
   /// An error has come out of it.
   void abandon_function();
   /// Launches all that is pending here, if anything is.

@@ -951,6 +951,44 @@ TEST_F(Functions, GradientsThatAreTakenAwayAreGone) {
   }
 }
 
+/// What one thread does with gradients is not learned of what another one does meanwhile.
+TEST_F(Functions, OfTwoThreadsLeaveEachOthersGradientsAlone) {
+  // Drawn before: the generator is the threads' common one.
+  const torch::Tensor weights[] = {given(torch::kCPU, {3, 4}, 100), given(torch::kCPU, {3, 4}, 101)};
+  Tensors inputs;
+  for (int call = 0; call < 60; ++call) inputs.push_back(given(torch::kCPU, {5, 4}, call));
+  const auto train = [&](torch::Device device, int thread, bool compiles) {
+    torch::nn::Linear layer(4, 3);
+    {
+      torch::NoGradGuard no_grad;
+      layer->weight.copy_(weights[thread]);
+      layer->bias.zero_();
+    }
+    layer->to(device);
+    torch::optim::SGD optimizer(layer->parameters(), torch::optim::SGDOptions(0.05).momentum(0.9));
+    const auto pass = [&](const torch::Tensor& x) {
+      optimizer.zero_grad();
+      const auto loss = torch::tanh(layer->forward(x)).square().mean();
+      loss.backward();
+      return loss.detach();
+    };
+    const auto compiled = compile(pass);
+    for (int call = 0; call < 60; ++call) {
+      const auto x = inputs[static_cast<size_t>(call)].to(device);
+      compiles ? compiled(x) : pass(x);
+      optimizer.step();
+      mark_step();
+      if (call < 30) wait_for_compiles();
+    }
+    return Tensors{layer->weight.detach().cpu(), layer->bias.detach().cpu()};
+  };
+  Tensors results[2];
+  std::vector<std::thread> threads;
+  for (int k = 0; k < 2; ++k) threads.emplace_back([&, k] { results[k] = train(torch::kLazy, k, true); });
+  for (std::thread& thread : threads) thread.join();
+  for (int k = 0; k < 2; ++k) expect_all_close(results[k], train(eager_device(), k, false), 100);
+}
+
 TEST_F(Functions, NumbersThatFollowALearningRateAreNotForgotten) {
   const auto trained = [](torch::Device device) {
     const auto w = given(device, {4}, 1).requires_grad_();
