@@ -271,12 +271,6 @@ bool CompileQueue::open_compiler(std::string* problem) {
 }
 
 namespace {
-bool is_written(const Program& program, uint32_t slot) {
-  return std::any_of(program.steps.begin(), program.steps.end(), [&](const StepPtr& step) {
-    return std::find(step->written.begin(), step->written.end(), slot) != step->written.end();
-  });
-}
-
 /// The program's runner, which captures its launches where the device has graphs.
 std::shared_ptr<Runner> as_graph(const Program& program) {
   const c10::Device device = backing_device_of(program.device_index);
@@ -284,7 +278,7 @@ std::shared_ptr<Runner> as_graph(const Program& program) {
   std::vector<bool> written(program.inputs.size());
   std::set<uint32_t> slots;
   for (const StepPtr& step : program.steps) {
-    slots.insert(step->written_inputs.begin(), step->written_inputs.end());
+    slots.insert(step->written.begin(), step->written.end());
   }
   for (size_t k = 0; k < written.size(); ++k) {
     const ProgramInput& input = program.inputs[k];
@@ -293,7 +287,7 @@ std::shared_ptr<Runner> as_graph(const Program& program) {
     } else if (input.kind == ProgramInput::Kind::kRandom) {
       // What was drawn is what the tensor holds, and later steps may write it.
       const Step& step = *program.steps[input.index];
-      written[k] = step.randomness == Randomness::kCreates && is_written(program, step.results[0].slot);
+      written[k] = step.randomness == Randomness::kCreates && slots.count(step.results[0].slot) > 0;
     }
   }
   return with_cuda_graph(program.runner, device, std::move(written));

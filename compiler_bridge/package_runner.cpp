@@ -134,11 +134,12 @@ class CpuRunner final : public PackageRunner {
 class GpuRunner final : public PackageRunner {
  public:
   GpuRunner(const std::string& path, const std::string& name, c10::DeviceIndex index)
-      : loader_(path, name, /*run_single_threaded=*/true, /*num_runners=*/1, index), index_(index) {}
+      : loader_(path, name, /*run_single_threaded=*/true, /*num_runners=*/1, index) {
+    if (index >= 0) device_.emplace(c10::kCUDA, index);
+  }
   std::vector<at::Tensor> run(std::vector<at::Tensor>&& inputs) override {
     // It launches on the current stream of the current device.
-    std::optional<c10::DeviceGuard> guard;
-    if (index_ >= 0) guard.emplace(c10::Device(c10::kCUDA, index_));
+    const c10::OptionalDeviceGuard guard(device_);
     const std::lock_guard lock(mutex_);
     return loader_.boxed_run(std::move(inputs));
   }
@@ -147,7 +148,7 @@ class GpuRunner final : public PackageRunner {
  private:
   std::mutex mutex_;
   torch::inductor::AOTIModelPackageLoader loader_;
-  const c10::DeviceIndex index_;
+  std::optional<c10::Device> device_;  ///< nothing: the current one
 };
 
 }  // namespace

@@ -122,8 +122,12 @@ class Graph {
   cudaGraphExec_t executable_ = nullptr;
 };
 
-const void* address_of(const at::Tensor& tensor) {
-  return tensor.storage().data() == nullptr ? nullptr : tensor.const_data_ptr();
+c10::SmallVector<const void*, 128> addresses_of(const std::vector<at::Tensor>& tensors) {
+  c10::SmallVector<const void*, 128> addresses;
+  for (const at::Tensor& tensor : tensors) {
+    addresses.push_back(tensor.storage().data() == nullptr ? nullptr : tensor.const_data_ptr());
+  }
+  return addresses;
 }
 
 /// A graph of a program for inputs that lie as `places` says.
@@ -286,10 +290,7 @@ class GraphedProgram {
     const bool held = std::any_of(outputs_.begin(), outputs_.end(), [](const Output& output) {
       return output.given && output.given.use_count() > 1;
     });
-    if (held) return false;
-    c10::SmallVector<const void*, 128> addresses;
-    for (const at::Tensor& input : inputs) addresses.push_back(address_of(input));
-    return places.fits(addresses);
+    return !held && places.fits(addresses_of(inputs));
   }
 
   void copy_inputs(const std::vector<at::Tensor>& inputs, const at::cuda::CUDAStream& stream) {
@@ -361,8 +362,7 @@ class GraphedRunner final : public Runner {
     const bool free = lock.owns_lock() && at::cuda::currentStreamCaptureStatusMayInitCtx() ==
                                               c10::cuda::CaptureStatus::None;
     if (!free) return program_->run(std::move(inputs));
-    c10::SmallVector<const void*, 128> addresses;
-    for (const at::Tensor& input : inputs) addresses.push_back(address_of(input));
+    const auto addresses = addresses_of(inputs);
     GraphedProgram& graphed = graphed_at(addresses);
     if (graphed.captured()) {
       if (C10_LIKELY(graphed.places.fits(addresses))) return replayed(graphed, std::move(inputs));

@@ -54,6 +54,7 @@ bool is_current(const Plan& plan, const std::vector<at::Tensor>& arguments) {
     const auto tensor = each.tensor.lock();
     if (!tensor) continue;
     if (lazy_storage(tensor.get()) != each.storage || tensor->requires_grad() != each.required_grad) return false;
+    if (each.unknown_leaf && tensor->grad().defined()) return false;
     held = true;
   }
   if (!held) return false;
@@ -239,6 +240,12 @@ KnownLeaf* known_leaf(std::vector<KnownLeaf>& leaves, const c10::weak_intrusive_
   return found == leaves.end() ? nullptr : &*found;
 }
 
+bool is_created(const FunctionTrace& run, const at::Tensor& tensor) {
+  return is_lazy(tensor) && std::any_of(run.created.begin(), run.created.end(), [&](const auto& each) {
+    return each.second.get() == lazy_storage(tensor);
+  });
+}
+
 /// Notes what a run has done with the gradients that there were.
 void learn_leaves(std::vector<KnownLeaf>& leaves, const PlannedRun& planned) {
   std::erase_if(leaves, [](const KnownLeaf& each) { return each.leaf.expired(); });
@@ -246,11 +253,7 @@ void learn_leaves(std::vector<KnownLeaf>& leaves, const PlannedRun& planned) {
     const auto leaf = held.has_gradient ? held.tensor.lock() : c10::intrusive_ptr<c10::TensorImpl>();
     if (!leaf) continue;
     const at::Tensor& gradient = leaf->grad();
-    const bool removes =
-        !gradient.defined() ||
-        (is_lazy(gradient) && std::any_of(planned.run.created.begin(), planned.run.created.end(), [&](const auto& each) {
-           return each.second.get() == lazy_storage(gradient);
-         }));
+    const bool removes = !gradient.defined() || is_created(planned.run, gradient);
     if (KnownLeaf* known = known_leaf(leaves, held.tensor)) {
       known->removes = removes;
     } else {
@@ -268,10 +271,16 @@ void plan_other_gradients(Plan& plan, std::vector<KnownLeaf>& leaves, const Plan
                                   [&](const Plan::Gradient& each) { return each.leaf == held.tensor; });
     if (made) continue;
     const KnownLeaf* known = known_leaf(leaves, held.tensor);
-    if (known == nullptr) {
+    if (known != nullptr) {
+      if (known->removes) plan.gradients.push_back({held.tensor, Plan::Output{}, /*was_there=*/true});
+      continue;
+    }
+    const auto watched = std::find_if(plan.watched.begin(), plan.watched.end(),
+                                      [&](const Watched& each) { return each.tensor == held.tensor; });
+    if (watched == plan.watched.end()) {
       plan.unknown_leaves.push_back(held.tensor);
-    } else if (known->removes) {
-      plan.gradients.push_back({held.tensor, Plan::Output{}, /*was_there=*/true});
+    } else {
+      watched->unknown_leaf = true;
     }
   }
 }
@@ -466,16 +475,11 @@ PlanPtr plan_of(SeenRun& seen, const PlannedRun& planned, std::string& reason) {
     if (was == planned.held.end()) continue;
     Watched watched{tensor, run.inputs[slot].get(), slot, was->requires_grad, held->requires_grad(), written(slot)};
     const at::Tensor grad = held->requires_grad() ? at::Tensor(held->grad()) : at::Tensor();
-    if (grad.defined() && is_lazy(grad)) {
-      const auto created = std::find_if(run.created.begin(), run.created.end(), [&](const auto& each) {
-        return each.second.get() == lazy_storage(grad);
-      });
-      if (created != run.created.end()) {
-        auto output = output_of(grad);
-        if (!output) return never("a gradient that it leaves is no output of its program");
-        plan->gradients.push_back({tensor, std::move(*output), was->has_gradient});
-        accounted.push_back(lazy_storage(grad));
-      }
+    if (grad.defined() && is_created(run, grad)) {
+      auto output = output_of(grad);
+      if (!output) return never("a gradient that it leaves is no output of its program");
+      plan->gradients.push_back({tensor, std::move(*output), was->has_gradient});
+      accounted.push_back(lazy_storage(grad));
     }
     plan->watched.push_back(std::move(watched));
   }

@@ -25,6 +25,7 @@ struct Watched {
   uint32_t slot;
   bool required_grad, requires_grad;  ///< before the call, and after it
   bool written = false;
+  bool unknown_leaf = false;  ///< see `Plan::unknown_leaves`
 };
 
 /// How a call is replayed. Immutable; used by several threads at once.
@@ -62,6 +63,7 @@ struct Plan {
   std::vector<uint32_t> kept;   ///< slots of what is kept for the backward pass
   std::vector<Gradient> gradients;
   /// Leaves that had no gradient in any call that was run: what becomes of one is not known.
+  /// Those that are not watched.
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> unknown_leaves;
   /// The thread's session, and what leaves were known in it, when the plan was made.
   const Session* made_in = nullptr;
